@@ -1,0 +1,1 @@
+"""What is submitted: parse, set up logging, call one pipeline function."""

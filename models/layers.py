@@ -1,0 +1,189 @@
+"""The layers of HiViT and of the pyramid: attention, blocks, patch embed / merge / split.
+
+The surprising fact: nothing here mixes tokens except `Attention`. Stages 1 and 2 and the whole
+pyramid work inside one 16x16-pixel token on its own cells, which is why masked tokens can be dropped
+before the very first layer.
+"""
+
+# B batch, N tokens (visible or all), D embed dim, H heads, K head dim, c cells per token side,
+# C image channels, p cell side in pixels
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, resize_rel_pos_bias_table_simple, trunc_normal_
+from torch import Tensor, nn
+
+from models.tokens import check_image_size, gather_tokens
+
+CELLS = 4  # cells per token side at stride 4; merges halve it twice
+
+
+class RelativePositions(NamedTuple):
+    """Where the tokens of a batch stand to each other."""
+
+    index: Tensor
+    """(N, N) for all tokens, or (B, N, N) for the visible ones of each image."""
+    grid: tuple[int, int]
+    """Token grid (h, w) the index refers to."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with an optional learned relative position bias.
+
+    The bias table belongs to `rel_pos_grid`; for another grid it is resized bicubically on the fly
+    (the official code raises there).
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, *, rel_pos_grid: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim={dim} is not divisible by num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table: nn.Parameter | None = None
+        if rel_pos_grid is not None:
+            h, w = rel_pos_grid
+            table = torch.zeros((2 * h - 1) * (2 * w - 1), num_heads)
+            self.relative_position_bias_table = nn.Parameter(table)
+
+    def forward(self, x: Tensor, positions: RelativePositions | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D)."""
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, K)
+        bias = None if positions is None else self.position_bias(positions).to(q.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, N, K)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+    def position_bias(self, positions: RelativePositions) -> Tensor:
+        """Bias added to the scaled scores: (H, N, N), or (B, H, N, N) for a per-image index."""
+        table = self.relative_position_bias_table
+        assert table is not None, "positions were passed to an attention without a bias table"
+        h, w = positions.grid
+        shape = ((2 * h - 1) * (2 * w - 1), self.num_heads)
+        table = resize_rel_pos_bias_table_simple(table, (h, w), shape)
+        return table[positions.index].movedim(-1, -3)
+
+
+class MlpBlock(nn.Module):
+    """Residual MLP without attention: stages 1-2 and the pyramid."""
+
+    def __init__(self, dim: int, mlp_ratio: float, *, eps: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> (..., dim)."""
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: stage 3 and the decoder."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        *,
+        eps: float,
+        drop_path: float = 0.0,
+        rel_pos_grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads, rel_pos_grid=rel_pos_grid)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, positions: RelativePositions | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), positions))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Pixels of each token -> 4x4 cells of `dim` channels.
+
+    Visible tokens are picked *before* the projection, so hidden pixels are never touched. `proj` is
+    the official strided convolution, computed as the matrix product it is.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int, *, eps: float) -> None:
+        super().__init__()
+        if patch_size % CELLS:
+            raise ValueError(f"patch_size={patch_size} must be a multiple of {CELLS}")
+        self.patch_size = patch_size
+        cell = patch_size // CELLS
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=cell, stride=cell)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+
+    def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        """images (B, C, H, W), ids (B, V) or None for all -> (B, V, 4, 4, dim)."""
+        B, C, H, W = images.shape
+        check_image_size(H, W, self.patch_size)
+        h, w, p = H // self.patch_size, W // self.patch_size, self.patch_size // CELLS
+        x = images.reshape(B, C, h, CELLS, p, w, CELLS, p)
+        x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (B, h, w, 4, 4, C, p, p)
+        x = x.reshape(B, h * w, CELLS * CELLS * C * p * p)
+        if ids is not None:
+            x = gather_tokens(x, ids)
+        x = x.reshape(B, -1, CELLS, CELLS, C * p * p)  # (B, V, 4, 4, C*p*p)
+        x = F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        return self.norm(x)
+
+
+class PatchMerge(nn.Module):
+    """Four neighbouring cells -> one of twice the channels: (..., c, c, d) -> (..., c/2, c/2, 2d)."""
+
+    def __init__(self, dim: int, *, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=eps)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, c, c, d) -> (B, N, c/2, c/2, 2d)."""
+        B, N, c, _, d = x.shape
+        x = x.reshape(B, N, c // 2, 2, c // 2, 2, d)
+        # column before row: the official concatenation order is (r0c0, r1c0, r0c1, r1c1)
+        x = x.permute(0, 1, 2, 4, 5, 3, 6).reshape(B, N, c // 2, c // 2, 4 * d)
+        return self.reduction(self.norm(x))
+
+
+class PatchSplit(nn.Module):
+    """One cell -> four of `fpn_dim` channels: the inverse direction, used by the pyramid."""
+
+    def __init__(self, dim: int, fpn_dim: int, *, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.reduction = nn.Linear(dim, 4 * fpn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, c, c, d) -> (B, N, 2c, 2c, fpn_dim)."""
+        B, N, c, _, _ = x.shape
+        x = self.reduction(self.norm(x)).reshape(B, N, c, c, 2, 2, -1)
+        return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(B, N, 2 * c, 2 * c, -1)
+
+
+def init_linear_and_norm(module: nn.Module) -> None:
+    """Linear: trunc_normal std .02, bias 0. LayerNorm: 1 and 0. Convolutions keep torch's default.
+
+    For `module.apply`; the shared part of every `init_weights` table.
+    """
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

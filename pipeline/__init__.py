@@ -1,0 +1,1 @@
+"""The pipeline: configuration, data plane, loop, tracking. Imports models, never jobs."""

@@ -1,0 +1,51 @@
+"""Command lines: a recipe name, then dotted overrides of any field of its config."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from pipeline.config import ConfigT
+
+
+def parse_recipe_command(
+    recipes: dict[str, Callable[[], ConfigT]],
+    get_recipe: Callable[[str], ConfigT],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+) -> ConfigT:
+    """Parse `RECIPE [--section.field VALUE ...]`.
+
+    Prints help or an error and exits (status 2 for a wrong command line), as tyro does.
+    """
+    if not argv or argv[0].startswith("-"):
+        lines = [f"  {name:20s}{(make.__doc__ or '').splitlines()[0]}" for name, make in recipes.items()]
+        text = f"usage: {prog} RECIPE [--section.field VALUE ...]\n\n{description}\n\nrecipes:\n"
+        text += "\n".join(lines) + f"\n\n{prog} RECIPE --help lists every setting with its default."
+        is_help = bool(argv) and argv[0] in ("-h", "--help")
+        print(text, file=sys.stdout if is_help else sys.stderr)
+        raise SystemExit(0 if is_help else 2)
+    try:
+        default = get_recipe(argv[0])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return tyro.cli(
+        type(default),
+        default=default,
+        args=list(argv[1:]),
+        prog=f"{prog} {argv[0]}",
+        description=description,
+    )
+
+
+def set_up_logging() -> None:
+    """Plain messages to stdout for our own loggers; other libraries from WARNING on."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    for name in ("pipeline", "models", "jobs"):
+        logging.getLogger(name).setLevel(logging.INFO)

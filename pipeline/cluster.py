@@ -1,0 +1,97 @@
+"""Joining a Ray cluster, or starting a private one that ends with the run.
+
+Surprising: on one machine the logical CPUs are what the run asks for (training workers + decoding),
+not the physical cores. Otherwise two CPU workers on two cores would leave Ray Data none, and the run
+would wait for ever without an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+
+from pipeline.config import PretrainConfig
+
+logger = logging.getLogger(__name__)
+REPO_ROOT = Path(__file__).resolve().parents[1]
+QUIET_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_OBJECT_STORE_BYTES = 512 * 2**20  # uint8 batches in flight; Ray's default takes 30 % of the memory
+
+
+def needed_cpus(config: PretrainConfig) -> float:
+    """Logical CPUs of a run: training workers and decoding."""
+    decoding = max(config.data.num_cpus, config.scaling.num_workers)
+    return config.scaling.num_workers * config.scaling.cpus_per_worker + decoding
+
+
+@contextlib.contextmanager
+def cluster(config: PretrainConfig) -> Iterator[None]:
+    """Use the connected cluster, the one of RAY_ADDRESS, or a private local one.
+
+    A private cluster is stopped at the end; one we joined is only left.
+
+    Raises:
+        ValueError: the cluster is too small for the run.
+    """
+    if ray.is_initialized():
+        _check_resources(config)
+        yield
+        return
+    for key, value in QUIET_ENV.items():
+        os.environ.setdefault(key, value)
+    # Workers import `models` and `pipeline` from here, however the job was started.
+    runtime_env = {"env_vars": {**QUIET_ENV, "PYTHONPATH": _python_path()}}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing outside this process joins
+        num_gpus = config.scaling.num_workers if config.scaling.use_gpu else 0
+        ray.init(
+            address="local",
+            num_cpus=int(-(-needed_cpus(config) // 1)),
+            num_gpus=num_gpus or None,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=runtime_env,
+        )
+    try:
+        _check_resources(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_resources(config: PretrainConfig) -> None:
+    total = ray.cluster_resources()
+    scaling = config.scaling
+    needed, has = needed_cpus(config), total.get("CPU", 0)
+    if needed > has:
+        decoding = needed - scaling.num_workers * scaling.cpus_per_worker
+        raise ValueError(
+            f"the cluster has {has:g} CPUs but the run needs {needed:g}: scaling.num_workers="
+            f"{scaling.num_workers} x scaling.cpus_per_worker={scaling.cpus_per_worker:g} + "
+            f"{decoding:g} for decoding (data.num_cpus, at least one a worker); lower one of them"
+        )
+    if scaling.use_gpu and scaling.num_workers > total.get("GPU", 0):
+        raise ValueError(
+            f"the cluster has {total.get('GPU', 0):g} GPUs but scaling.num_workers="
+            f"{scaling.num_workers} with scaling.use_gpu needs one each; lower the workers or pass "
+            "--scaling.no-use-gpu"
+        )
+
+
+def _python_path() -> str:
+    inherited = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join(p for p in (str(REPO_ROOT), inherited) if p)

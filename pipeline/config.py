@@ -1,0 +1,350 @@
+"""Configuration of a pre-training run: frozen dataclasses, dotted overrides, plain dicts.
+
+One set of dotted keys serves the command line (`--optim.base-lr 3e-4`), Tune's search spaces and
+tests (`apply_overrides(config, {"optim.base_lr": 3e-4})`). Surprising: the global batch is the
+contract. Workers and micro-batches only decide how it is computed, never what it holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
+
+import tyro
+
+from models.itpn import get_variant
+
+PATCH_SIZE = 16
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where a run lives and how often it writes."""
+
+    name: str
+    """Name of the run and of its folder under storage_path."""
+    storage_path: str = "runs"
+    """Folder of all runs; on a cluster a path every node can write to."""
+    seed: int = 0
+    """Seed of weights, order, crops and masks."""
+    log_every_steps: int = 10
+    """Steps between log lines."""
+    checkpoint_every_steps: int = 1000
+    """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    evaluate_every_steps: int = 1000
+    """Steps between evaluations on held-out crops; the last step always evaluates."""
+    picture_every_steps: int = 1000
+    """Steps between reconstruction pictures; the last step always draws one."""
+    max_failures: int = 3
+    """Restarts from the newest checkpoint after a worker failure, before the run counts as failed."""
+    allow_config_change: bool = False
+    """Resume although the configuration differs from the one the run was started with."""
+    dry_run: Annotated[bool, tyro.conf.arg(name="dry-run", prefix_name=False)] = False
+    """Print config, data probe, parameters, memory and time estimate, then exit."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name in (".", ".."):
+            raise ValueError(f"run.name='{self.name}' must be a plain folder name; use e.g. 'run-1'")
+        for key in ("log", "checkpoint", "evaluate", "picture"):
+            _require_positive(f"run.{key}_every_steps", getattr(self, f"{key}_every_steps"))
+        _require_positive("run.keep_checkpoints", self.keep_checkpoints)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Images and how a sample is made of them."""
+
+    path: str
+    """Folder of images (searched recursively), or Parquet file(s) of encoded images."""
+    val_path: str = ""
+    """Same, for held-out evaluation crops; empty: crops of the training images never trained on."""
+    image_column: str = "image"
+    """Parquet column with the encoded bytes (plain, or a Hugging Face {bytes, path} struct)."""
+    image_size: int = 224
+    """Side of a crop in pixels, a multiple of 16."""
+    global_batch_size: int = 4096
+    """Images per optimiser step, over all workers."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of a random crop as a share of the image."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio of a random crop."""
+    flip_prob: float = 0.5
+    """Probability of a horizontal flip."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means in [0, 1] for normalising on the device."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel deviations in [0, 1] for normalising on the device."""
+    num_eval_crops: int = 1024
+    """Held-out crops an evaluation looks at."""
+    num_cpus: int = 2
+    """Logical CPUs kept for decoding, over all workers; at least one per training worker."""
+    prefetch_batches: int = 4
+    """Micro-batches decoded ahead of a training worker."""
+    shuffle_window: int = 8192
+    """Samples permuted together when the source is Parquet (row groups are always shuffled)."""
+    max_bad_fraction: float = 0.01
+    """Share of unreadable images above which the run stops."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("data.path is empty; give a folder of images or Parquet: --data.path DIR")
+        if self.image_size % PATCH_SIZE or self.image_size <= 0:
+            near = max(PATCH_SIZE, round(self.image_size / PATCH_SIZE) * PATCH_SIZE)
+            raise ValueError(
+                f"data.image_size={self.image_size} is not a multiple of {PATCH_SIZE}; use {near}"
+            )
+        lo, hi = self.crop_scale
+        if not 0 < lo <= hi <= 1:
+            raise ValueError(f"data.crop_scale={self.crop_scale} must satisfy 0 < min <= max <= 1")
+        for key in ("global_batch_size", "num_cpus", "num_eval_crops", "prefetch_batches"):
+            _require_positive(f"data.{key}", getattr(self, key))
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of an image."""
+        return (self.image_size // PATCH_SIZE) ** 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The network."""
+
+    name: str = "itpn_base_patch16_224"
+    """A variant of models/itpn.py."""
+
+    def __post_init__(self) -> None:
+        get_variant(self.name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """MIM and MFM."""
+
+    mask_ratio: float = 0.75
+    """Share of patches hidden from the student."""
+    norm_pix_loss: bool = True
+    """Predict pixels normalised per patch."""
+    mfm_weight: float = 0.3
+    """Weight of the summed feature losses; 0 is the public pixel objective."""
+    mfm_loss: Literal["mse", "smooth_l1"] = "mse"
+    """Regression loss of the features."""
+    teacher_input: Literal["hidden", "full"] = "hidden"
+    """What the teacher sees: the patches hidden from the student, or the whole image."""
+    teacher_momentum: float = 0.996
+    """Momentum of the moving average at the first step, rising to 1 on a cosine."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"objective.mask_ratio={self.mask_ratio} must lie in (0, 1); use 0.75")
+        if self.mfm_weight < 0:
+            raise ValueError(f"objective.mfm_weight={self.mfm_weight} must be >= 0; 0 turns MFM off")
+        if not 0 <= self.teacher_momentum <= 1:
+            raise ValueError(
+                f"objective.teacher_momentum={self.teacher_momentum} must lie in [0, 1]; use 0.996"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate per 256 images; lr = base_lr * global_batch_size / 256."""
+    lr: float | None = None
+    """Learning rate itself; overrules base_lr."""
+    min_lr: float = 0.0
+    """Learning rate at the last step."""
+    num_epochs: float | None = None
+    """Passes over the data. Give this or num_steps."""
+    num_steps: int | None = None
+    """Optimiser steps. Give this or num_epochs."""
+    warmup_ratio: float = 0.025
+    """Share of the steps with linearly rising learning rate (the paper: 40 of 1600 epochs)."""
+    weight_decay: float = 0.05
+    """Decay of matrices; biases and other 1-D parameters have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    clip_grad_norm: float = 0.0
+    """Largest gradient norm; 0 does not clip (the norm is logged either way)."""
+
+    def __post_init__(self) -> None:
+        if (self.num_epochs is None) == (self.num_steps is None):
+            raise ValueError(
+                f"optim.num_epochs={self.num_epochs} and optim.num_steps={self.num_steps}: give "
+                "exactly one of them and set the other to None"
+            )
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"optim.warmup_ratio={self.warmup_ratio} must lie in [0, 1)")
+        _require_positive("optim.lr", 1 if self.lr is None else self.lr)
+        _require_positive("optim.base_lr", self.base_lr)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalingConfig:
+    """Training workers. Changes the speed of a run, not its batches."""
+
+    num_workers: int = 1
+    """Training workers (processes), one GPU each when use_gpu."""
+    use_gpu: bool = False
+    """Train on GPUs, in bfloat16 autocast with float32 losses."""
+    cpus_per_worker: float = 1.0
+    """Logical CPUs a training worker reserves."""
+    max_batch_size_per_worker: int = 64
+    """Largest micro-batch; gradients accumulate until the global batch is complete."""
+
+    def __post_init__(self) -> None:
+        _require_positive("scaling.num_workers", self.num_workers)
+        _require_positive("scaling.cpus_per_worker", self.cpus_per_worker)
+        _require_positive("scaling.max_batch_size_per_worker", self.max_batch_size_per_worker)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """MLflow."""
+
+    uri: str = ""
+    """MLflow tracking URI; empty: SQLite under run.storage_path."""
+    experiment: str = "itpn-pretrain"
+    """MLflow experiment."""
+    system_metrics: bool = True
+    """Log CPU, memory and GPU use of the host of worker 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig:
+    """A complete pre-training run."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        batch, workers = self.data.global_batch_size, self.scaling.num_workers
+        if batch % workers:
+            lower = batch // workers * workers
+            options = [str(b) for b in (lower, lower + workers) if b]
+            raise ValueError(
+                f"data.global_batch_size={batch} is not divisible by scaling.num_workers={workers}; "
+                f"use {' or '.join(options)}"
+            )
+        if self.num_visible < 1:
+            raise ValueError(
+                f"objective.mask_ratio={self.objective.mask_ratio} leaves no visible patch of the "
+                f"{self.data.num_patches} of a {self.data.image_size}-pixel image; lower it"
+            )
+
+    @property
+    def num_visible(self) -> int:
+        """Visible patches per image, rounded down as the official code does."""
+        return int(self.data.num_patches * (1 - self.objective.mask_ratio))
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches a worker adds up per step: the fewest that divide its share and fit."""
+        share = self.data.global_batch_size // self.scaling.num_workers
+        largest = self.scaling.max_batch_size_per_worker
+        return next(a for a in range(1, share + 1) if share % a == 0 and share // a <= largest)
+
+    @property
+    def batch_size_per_worker(self) -> int:
+        """Images of one micro-batch."""
+        share = self.data.global_batch_size // self.scaling.num_workers
+        return share // self.accumulation_steps
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        if self.optim.lr is not None:
+            return self.optim.lr
+        return self.optim.base_lr * self.data.global_batch_size / 256
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimiser steps of the run for a data set of this size, at least 1."""
+        if self.optim.num_steps is not None:
+            return self.optim.num_steps
+        assert self.optim.num_epochs is not None
+        return max(1, math.floor(self.optim.num_epochs * num_samples / self.data.global_batch_size))
+
+
+def _require_positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{key}={value} must be greater than 0")
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dict (tuples become lists), as JSON, checkpoints and MLflow hold it."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def config_from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """The inverse of `config_to_dict`; validates like any construction."""
+    hints = get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(_unknown_key(key, list(hints)))
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            value = config_from_dict(hints[key], value)
+        elif get_origin(hints[key]) is tuple:
+            value = tuple(value)
+        arguments[key] = value
+    return cls(**arguments)
+
+
+def flatten_config(config: Any) -> dict[str, Any]:
+    """Dotted keys -> values: {"optim.base_lr": 1.5e-4, ...}."""
+    flat: dict[str, Any] = {}
+    for section, values in config_to_dict(config).items():
+        flat |= {f"{section}.{key}": value for key, value in values.items()}
+    return flat
+
+
+def apply_overrides(config: ConfigT, overrides: dict[str, Any]) -> ConfigT:
+    """A copy with dotted keys replaced.
+
+    Raises:
+        ValueError: unknown key (names the nearest real one) or an invalid value.
+    """
+    values = config_to_dict(config)
+    known = flatten_config(config)
+    for key, value in overrides.items():
+        if key not in known:
+            raise ValueError(_unknown_key(key, list(known)))
+        section, name = key.split(".", 1)
+        values[section][name] = value
+    return config_from_dict(type(config), values)
+
+
+def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Readable differences of two config dicts; settings that cannot change results are ignored."""
+    ignored = {"run.dry_run", "run.allow_config_change", "run.storage_path", "run.max_failures"}
+    flat = [{f"{s}.{k}": v for s, d in c.items() for k, v in d.items()} for c in (old, new)]
+    keys = sorted((set(flat[0]) | set(flat[1])) - ignored)
+    missing = "<absent>"
+    pairs = [(k, flat[0].get(k, missing), flat[1].get(k, missing)) for k in keys]
+    return [f"{k}: {a!r} -> {b!r}" for k, a, b in pairs if a != b]
+
+
+def config_hash(config: Any) -> str:
+    """Short digest of everything in the config."""
+    text = json.dumps(config_to_dict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"unknown setting '{key}'{hint} Known: {', '.join(known)}"

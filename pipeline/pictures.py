@@ -1,0 +1,122 @@
+"""The reconstruction picture: what went in, what was hidden, what the model made of it.
+
+One row an image: input | masked | reconstruction | teacher features | predicted features. Features
+are those of one stage at the hidden positions, as colours: the first three principal components
+of the teacher's targets, and the prediction projected on the same three.
+"""
+
+# B batch, N patches, M masked patches, P patch side, c cells per token side
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from models.mfm import normalize_features
+from models.pretraining import PretrainingModel
+from models.teacher import EMATeacher
+from models.tokens import gather_tokens, patchify, split_tokens, unpatchify
+from pipeline.evaluate import reconstruct
+
+PICTURE_STRIDE = 8  # 2x2 colours a token: finer than stage 16, less noisy than stage 4
+_GREY = 0.75
+_GAP = 4
+_HEADER = 22
+
+
+@torch.no_grad()
+def reconstruction_picture(
+    model: PretrainingModel,
+    teacher: EMATeacher | None,
+    images: Tensor,
+    mask: Tensor,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    tile_px: int = 160,
+) -> bytes:
+    """Draw the picture.
+
+    Args:
+        model: the student.
+        teacher: None when the model has no MFM part; the feature columns are then left out.
+        images: (B, C, H, W), normalised.
+        mask: (B, N) bool, True = masked.
+        mean: channel means to un-normalise with.
+        std: channel deviations to un-normalise with.
+        tile_px: smallest side of a tile in the picture.
+
+    Returns:
+        PNG bytes.
+    """
+    to_unit = (torch.tensor(std).view(1, -1, 1, 1), torch.tensor(mean).view(1, -1, 1, 1))
+    scale, shift = (t.to(images) for t in to_unit)
+    shown = images * scale + shift
+    columns = {
+        "input": shown,
+        "masked": _fill_hidden(shown, mask, model.mim.patch_size),
+        "reconstruction": reconstruct(model, images, mask) * scale + shift,
+    }
+    if teacher is not None and model.mfm is not None:
+        target, predicted = _feature_colours(model, teacher, images, mask)
+        columns["teacher features"] = target
+        columns["predicted features"] = predicted
+    return _compose({name: tiles.float().cpu() for name, tiles in columns.items()}, tile_px)
+
+
+def _fill_hidden(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
+    patches = patchify(images, patch_size)
+    patches = patches.masked_fill(mask[..., None], _GREY)
+    return unpatchify(patches, (images.shape[-2] // patch_size, images.shape[-1] // patch_size), patch_size)
+
+
+def _feature_colours(
+    model: PretrainingModel, teacher: EMATeacher, images: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Teacher targets and predictions of one stage as (B, 3, h*c, w*c) in [0, 1]."""
+    _, ids_masked = split_tokens(mask)
+    target = normalize_features(teacher(images, ids_masked))[PICTURE_STRIDE]  # (B, M, c, c, d)
+    predicted = model.predict(images, mask).features[PICTURE_STRIDE]  # (B, N, c, c, d)
+    predicted = gather_tokens(predicted, ids_masked).float()
+    flat = target.flatten(0, -2)  # (B*M*c*c, d)
+    center = flat.mean(0)
+    _, _, axes = torch.linalg.svd(flat - center, full_matrices=False)
+    coordinates = [(f.flatten(0, -2) - center) @ axes[:3].T for f in (target, predicted)]
+    low, high = coordinates[0].quantile(torch.tensor([0.02, 0.98]).to(flat), dim=0)
+    colours = [((c - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) for c in coordinates]
+
+    B, N = mask.shape
+    side = round(N**0.5)
+    cells = target.shape[2]
+    maps = []
+    for colour in colours:
+        tokens = torch.full((B, N, cells * cells * 3), _GREY, device=mask.device)
+        index = ids_masked[..., None].expand(-1, -1, tokens.shape[-1])
+        tokens = tokens.scatter(1, index, colour.reshape(B, -1, tokens.shape[-1]))
+        maps.append(unpatchify(tokens, (side, side), cells))
+    return maps[0], maps[1]
+
+
+def _compose(columns: dict[str, Tensor], tile_px: int) -> bytes:
+    rows = next(iter(columns.values())).shape[0]
+    base = next(iter(columns.values())).shape[-1]
+    side = base * max(1, -(-tile_px // base))
+    width = len(columns) * (side + _GAP) + _GAP
+    canvas = Image.new("RGB", (width, _HEADER + rows * (side + _GAP) + _GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=13)
+    for i, (name, tiles) in enumerate(columns.items()):
+        x = _GAP + i * (side + _GAP)
+        draw.text((x + side / 2, _HEADER / 2), name, fill="black", font=font, anchor="mm")
+        for j, tile in enumerate(tiles):
+            pixels = (tile.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            image = Image.fromarray(np.ascontiguousarray(pixels))
+            image = image.resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(image, (x, _HEADER + _GAP + j * (side + _GAP)))
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

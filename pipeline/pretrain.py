@@ -1,0 +1,373 @@
+"""The pre-training loop: read it top to bottom.
+
+It knows no Ray, no MLflow and no paths: batches come from an iterator, metrics go to a callback,
+states to a `Checkpointer`. Surprising: the loss is never taken off the device between log steps, but
+the gradient norm is looked at every step, because a non-finite one must stop the run *before* the
+update (the norm is of reduced gradients, so all workers agree).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.hivit import STRIDES
+from models.pretraining import PretrainingModel, create_pretraining_model
+from models.teacher import EMATeacher
+from models.tokens import split_tokens
+from pipeline.checkpoint import Checkpointer, load_state
+from pipeline.config import PretrainConfig
+from pipeline.evaluate import PretrainEvaluation
+from pipeline.metrics import Meter, peak_memory_gib
+from pipeline.optim import build_optimizer, set_lr
+from pipeline.pictures import reconstruction_picture
+from pipeline.schedules import teacher_momentum, warmup_cosine
+
+Batch = dict[str, NDArray[Any]]
+_PICTURE_ROWS = 6
+
+
+class NonFiniteLossError(ArithmeticError):
+    """Loss or gradient became infinite or NaN; the model is as it was before the step."""
+
+
+class TooManyBadImagesError(ValueError):
+    """More images are unreadable than `data.max_bad_fraction` allows."""
+
+
+class Worker(NamedTuple):
+    """Where this process stands among the training workers."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass
+class TrainState:
+    """Everything a checkpoint must hold to continue as if nothing had happened."""
+
+    model: PretrainingModel
+    teacher: EMATeacher | None
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    """Optimiser steps done; also the cursor in the sample stream."""
+    bad_rows: set[int] = field(default_factory=set)
+    """Index rows of images that could not be decoded."""
+
+    @classmethod
+    def build(cls, config: PretrainConfig, device: torch.device) -> TrainState:
+        """Fresh state; weights depend on the seed alone."""
+        torch.manual_seed(config.run.seed)
+        objective = config.objective
+        model = create_pretraining_model(
+            config.model.name,
+            img_size=config.data.image_size,
+            norm_pix_loss=objective.norm_pix_loss,
+            mfm_weight=objective.mfm_weight,
+            mfm_loss=objective.mfm_loss,
+        ).to(device)
+        teacher = None
+        if model.mfm is not None:
+            teacher = EMATeacher(model.encoder.backbone, teacher_input=objective.teacher_input)
+        optimizer = build_optimizer(
+            model,
+            lr=config.lr,
+            weight_decay=config.optim.weight_decay,
+            betas=config.optim.betas,
+        )
+        return cls(model, teacher, optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data only."""
+        return {
+            "model": self.model.state_dict(),
+            "teacher": self.teacher.state_dict() if self.teacher else {},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "bad_rows": sorted(self.bad_rows),
+            "torch_rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.model.load_state_dict(state["model"])
+        if self.teacher:
+            self.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.bad_rows = set(state["bad_rows"])
+        torch.set_rng_state(state["torch_rng"])
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls outwards. Called on every worker unless said otherwise."""
+
+    on_start: Callable[[int], None] = lambda step: None
+    """Once, with the step the run starts at."""
+    on_metrics: Callable[[int, dict[str, float]], bool] = lambda step, metrics: False
+    """At log steps, worker 0 only; returns True to ask for a clean stop."""
+    on_picture: Callable[[int, bytes], None] = lambda step, png: None
+    """At picture steps, worker 0 only."""
+    on_checkpoint: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+    """After a checkpoint was written, with the latest metrics."""
+
+
+def pretrain(
+    config: PretrainConfig,
+    *,
+    num_samples: int,
+    batches_from: Callable[[int], Iterable[Batch]],
+    evaluation_batch: Batch,
+    checkpointer: Checkpointer,
+    worker: Worker = Worker(),
+    hooks: Hooks = Hooks(),
+) -> dict[str, Any]:
+    """Pre-train until the last step, or until a stop is asked for.
+
+    Restore order: 1 the run's own newest valid checkpoint, 2 scratch.
+
+    Args:
+        config: the run.
+        num_samples: size of the training set.
+        batches_from: gives this worker's micro-batches from a step on, in order.
+        evaluation_batch: this worker's share of the held-out crops.
+        checkpointer: written by worker 0, read by all.
+        worker: this process.
+        hooks: callbacks.
+
+    Returns:
+        Summary: steps, is_stopped, bad_rows, images_per_s, data_wait_frac and the latest metrics.
+
+    Raises:
+        NonFiniteLossError: before the update; names the step and the last logged loss.
+        TooManyBadImagesError: at a log step.
+    """
+    run, num_steps = config.run, config.num_steps(num_samples)
+    state = TrainState.build(config, worker.device)
+    if (newest := checkpointer.latest()) is not None:
+        state.load_state_dict(load_state(newest))
+    hooks.on_start(state.step)
+    model = _wrap(state.model, worker)
+    batches = iter(batches_from(state.step))
+    meter = Meter(config.data.global_batch_size)
+    latest: dict[str, float] = {}
+    is_stopped = False
+
+    while state.step < num_steps and not is_stopped:
+        schedules = schedules_at(state.step, num_steps, config)
+        set_lr(state.optimizer, schedules["optim/lr"])
+
+        losses = torch.zeros(2 + len(STRIDES), device=worker.device)  # total, mim, mfm by stride
+        for micro in range(config.accumulation_steps):
+            with meter.waiting():
+                batch = next(batches)
+            state.bad_rows.update(batch["bad_row"][batch["bad_row"] >= 0].tolist())
+            images, mask = to_device(batch, config, worker.device)
+            is_last = micro == config.accumulation_steps - 1
+            with _no_sync_unless(is_last, model):
+                losses += forward_backward(model, state.teacher, images, mask, config)
+
+        clip = config.optim.clip_grad_norm or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip)
+        if not bool(torch.isfinite(grad_norm)):
+            raise NonFiniteLossError(_non_finite_message(state.step, losses, grad_norm, latest))
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.teacher:
+            momentum = schedules["optim/teacher_momentum"]
+            state.teacher.update(state.model.encoder.backbone, momentum)
+        state.step += 1
+        meter.step_done()
+
+        is_final = state.step == num_steps
+        record: dict[str, float] = {}
+        if is_final or state.step % run.log_every_steps == 0:
+            record |= loss_metrics(losses, has_mfm=state.teacher is not None)
+            record |= {"train/grad_norm": float(grad_norm), **schedules}
+            record["train/epoch"] = state.step * config.data.global_batch_size / num_samples
+            record["data/bad_images"] = float(_count_bad_images(state, worker))
+            record |= {**meter.metrics(), **peak_memory_gib(worker.device)}
+        with meter.paused():
+            if is_final or state.step % run.evaluate_every_steps == 0:
+                record |= evaluate(state, evaluation_batch, config, worker.device)
+            if record:
+                latest |= record
+                wants_stop = worker.is_rank_zero and hooks.on_metrics(state.step, record)
+                is_stopped = _any_worker(wants_stop, worker)
+                _check_bad_images(latest["data/bad_images"], num_samples, config)
+            if worker.is_rank_zero and (is_final or state.step % run.picture_every_steps == 0):
+                hooks.on_picture(state.step, draw_picture(state, evaluation_batch, config))
+            if is_final or is_stopped or state.step % run.checkpoint_every_steps == 0:
+                if worker.is_rank_zero:
+                    encoder = state.model.encoder.state_dict()
+                    checkpointer.save(state.step, state.state_dict(), encoder)
+                hooks.on_checkpoint(state.step, latest)
+    return {
+        "steps": state.step,
+        "is_stopped": is_stopped,
+        "bad_rows": sorted(state.bad_rows),
+        **meter.totals(),
+        "metrics": latest,
+    }
+
+
+def forward_backward(
+    model: nn.Module,
+    teacher: EMATeacher | None,
+    images: Tensor,
+    mask: Tensor,
+    config: PretrainConfig,
+) -> Tensor:
+    """Add the gradients of one micro-batch; returns its share of the step's losses, detached.
+
+    Args:
+        model: the student, possibly wrapped for data parallelism.
+        teacher: None without MFM.
+        images: (B, C, H, W), normalised.
+        mask: (B, N) bool, True = masked.
+        config: the run.
+
+    Returns:
+        (2 + stages,) total, MIM and MFM losses divided by the accumulation steps.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        features = None
+        if teacher is not None:
+            _, ids_masked = split_tokens(mask, config.num_visible)
+            features = teacher(images, ids_masked)
+        losses = model(images, mask, features, config.num_visible)
+    (losses.total / config.accumulation_steps).backward()
+    mfm = [losses.mfm.get(stride, torch.zeros_like(losses.mim)) for stride in STRIDES]
+    return torch.stack([losses.total, losses.mim, *mfm]).detach() / config.accumulation_steps
+
+
+def schedules_at(step: int, num_steps: int, config: PretrainConfig) -> dict[str, float]:
+    """Learning rate and teacher momentum of a step, under their metric names."""
+    lr = warmup_cosine(
+        step,
+        peak=config.lr,
+        final=config.optim.min_lr,
+        warmup_steps=config.optim.warmup_ratio * num_steps,
+        num_steps=num_steps,
+    )
+    schedules = {"optim/lr": lr}
+    if config.objective.mfm_weight > 0:
+        start = config.objective.teacher_momentum
+        schedules["optim/teacher_momentum"] = teacher_momentum(step, start=start, num_steps=num_steps)
+    return schedules
+
+
+def to_device(batch: Batch, config: PretrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """uint8 HWC crops and masks of a batch -> normalised float images (B, C, H, W), mask (B, N)."""
+    pixels = torch.from_numpy(batch["image"]).to(device, non_blocking=True)
+    mask = torch.from_numpy(batch["mask"]).to(device, non_blocking=True)
+    mean = torch.tensor(config.data.mean, device=device) * 255
+    std = torch.tensor(config.data.std, device=device) * 255
+    images = (pixels.float() - mean) / std  # (B, H, W, C)
+    return images.permute(0, 3, 1, 2).contiguous(), mask
+
+
+def evaluate(
+    state: TrainState, batch: Batch, config: PretrainConfig, device: torch.device
+) -> dict[str, float]:
+    """Losses on the held-out crops against trivial predictors, over all workers; float32."""
+    state.model.eval()
+    evaluation = PretrainEvaluation(state.model, state.teacher, config.data.std)
+    size = config.batch_size_per_worker
+    for first in range(0, len(batch["image"]), size):
+        part = {key: values[first : first + size] for key, values in batch.items()}
+        evaluation.add(*to_device(part, config, device))
+    state.model.train()
+    return evaluation.result()
+
+
+def draw_picture(state: TrainState, batch: Batch, config: PretrainConfig) -> bytes:
+    """PNG of reconstructions of the first held-out crops."""
+    device = next(state.model.parameters()).device
+    part = {key: values[:_PICTURE_ROWS] for key, values in batch.items()}
+    images, mask = to_device(part, config, device)
+    state.model.eval()
+    png = reconstruction_picture(
+        state.model, state.teacher, images, mask, mean=config.data.mean, std=config.data.std
+    )
+    state.model.train()
+    return png
+
+
+def loss_metrics(losses: Tensor, *, has_mfm: bool) -> dict[str, float]:
+    """train/loss* of a step, averaged over the workers. Every worker must call it."""
+    if dist.is_initialized():
+        dist.all_reduce(losses)
+        losses = losses / dist.get_world_size()
+    total, mim, *mfm = losses.tolist()
+    metrics = {"train/loss": total, "train/loss_mim": mim}
+    if has_mfm:
+        metrics |= {f"train/loss_mfm{s}": value for s, value in zip(STRIDES, mfm, strict=True)}
+    return metrics
+
+
+def _wrap(model: PretrainingModel, worker: Worker) -> nn.Module:
+    if worker.world_size == 1:
+        return model
+    device_ids = [worker.device] if worker.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def _no_sync_unless(is_last: bool, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    if is_last or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
+
+
+def _any_worker(flag: bool, worker: Worker) -> bool:
+    """True on every worker when it is true on one."""
+    if worker.world_size == 1:
+        return flag
+    value = torch.tensor(int(flag), device=worker.device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
+def _count_bad_images(state: TrainState, worker: Worker) -> int:
+    """Merge the workers' unreadable rows; returns their number."""
+    if worker.world_size > 1:
+        gathered: list[set[int]] = [set()] * worker.world_size
+        dist.all_gather_object(gathered, state.bad_rows)
+        state.bad_rows = set().union(*gathered)
+    return len(state.bad_rows)
+
+
+def _check_bad_images(num_bad: float, num_samples: int, config: PretrainConfig) -> None:
+    fraction = config.data.max_bad_fraction
+    allowed = max(fraction * num_samples, 1.0 if fraction else 0.0)  # one bad file kills no small run
+    if num_bad > allowed:
+        raise TooManyBadImagesError(
+            f"{num_bad:.0f} of {num_samples} images cannot be decoded, more than "
+            f"data.max_bad_fraction={fraction}; repair data.path='{config.data.path}' or raise the limit"
+        )
+
+
+def _non_finite_message(
+    step: int, losses: Tensor, grad_norm: Tensor, latest: dict[str, float]
+) -> str:
+    last = latest.get("train/loss", float("nan"))
+    return (
+        f"step {step + 1}: loss {float(losses[0]):.6g} with gradient norm {float(grad_norm):.6g} is not "
+        f"finite; stopped before the update (last logged loss {last:.6g}). The newest checkpoint is "
+        "intact; lower optim.lr or set optim.clip_grad_norm, and resume with --run.allow-config-change"
+    )

@@ -1,0 +1,117 @@
+"""Recipes: complete named runs. A variation is a dotted override, on the command line or in code.
+
+The paper's numbers are those of the released pixel pre-training (PRETRAIN.md, main_pretrain.py);
+`mfm_weight=0.3` and everything about the teacher is ours, `--objective.mfm-weight 0` is the public
+pixel objective.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from pipeline.config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+    ScalingConfig,
+    TrackingConfig,
+)
+
+DEMO_DATA = "runs/demo-data"
+
+
+def debug() -> PretrainConfig:
+    """A one-second model for a few steps on 64-pixel crops; for tests and for trying things."""
+    return PretrainConfig(
+        run=RunConfig(
+            name="debug",
+            log_every_steps=1,
+            checkpoint_every_steps=10,
+            evaluate_every_steps=10,
+            picture_every_steps=20,
+        ),
+        data=DataConfig(
+            path=f"{DEMO_DATA}/train",
+            image_size=64,
+            global_batch_size=16,
+            num_eval_crops=32,
+            prefetch_batches=2,
+        ),
+        model=ModelConfig(name="itpn_debug"),
+        objective=ObjectiveConfig(norm_pix_loss=False, teacher_momentum=0.99),
+        optim=OptimConfig(lr=2e-3, num_steps=20, warmup_ratio=0.1),
+        scaling=ScalingConfig(max_batch_size_per_worker=16),
+        tracking=TrackingConfig(system_metrics=False),
+    )
+
+
+def demo() -> PretrainConfig:
+    """A small iTPN on 16 real photographs in under five minutes on two CPU cores."""
+    return PretrainConfig(
+        run=RunConfig(
+            name="demo",
+            log_every_steps=10,
+            checkpoint_every_steps=200,
+            evaluate_every_steps=200,
+            picture_every_steps=200,
+        ),
+        data=DataConfig(
+            path=f"{DEMO_DATA}/train",
+            val_path=f"{DEMO_DATA}/val",
+            image_size=160,
+            global_batch_size=16,
+            crop_scale=(0.08, 0.5),
+            num_eval_crops=256,
+        ),
+        model=ModelConfig(name="itpn_nano_patch16_224"),
+        objective=ObjectiveConfig(norm_pix_loss=False, teacher_momentum=0.99),
+        optim=OptimConfig(lr=2e-3, num_steps=600, warmup_ratio=0.05),
+        scaling=ScalingConfig(num_workers=2),
+    )
+
+
+def pixel_base_in1k() -> PretrainConfig:
+    """iTPN-B on ImageNet-1k as the paper trains it: 1600 epochs at batch 4096 on 64 GPUs."""
+    return PretrainConfig(
+        run=RunConfig(name="pixel-base-in1k"),
+        data=DataConfig(path="data/imagenet/train", num_cpus=512),
+        model=ModelConfig(name="itpn_base_patch16_224"),
+        optim=OptimConfig(num_epochs=1600),
+        scaling=ScalingConfig(num_workers=64, use_gpu=True),
+    )
+
+
+def pixel_large_in1k() -> PretrainConfig:
+    """iTPN-L on ImageNet-1k as the paper trains it: 1600 epochs at batch 4096 on 64 GPUs."""
+    return PretrainConfig(
+        run=RunConfig(name="pixel-large-in1k"),
+        data=DataConfig(path="data/imagenet/train", num_cpus=512),
+        model=ModelConfig(name="itpn_large_patch16_224"),
+        optim=OptimConfig(num_epochs=1600),
+        scaling=ScalingConfig(num_workers=64, use_gpu=True),
+    )
+
+
+PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {
+    "debug": debug,
+    "demo": demo,
+    "pixel-base-in1k": pixel_base_in1k,
+    "pixel-large-in1k": pixel_large_in1k,
+}
+
+
+def get_recipe(name: str) -> PretrainConfig:
+    """The config of a named recipe.
+
+    Raises:
+        ValueError: no such recipe; names the nearest one and all known ones.
+    """
+    if name not in PRETRAIN_RECIPES:
+        near = difflib.get_close_matches(name, PRETRAIN_RECIPES, n=1, cutoff=0.4)
+        hint = f"; did you mean '{near[0]}'?" if near else "."
+        raise ValueError(f"unknown recipe '{name}'{hint} Known: {', '.join(PRETRAIN_RECIPES)}")
+    return PRETRAIN_RECIPES[name]()

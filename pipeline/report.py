@@ -1,0 +1,57 @@
+"""What a run prints first and last."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline import tracking
+from pipeline.config import PretrainConfig
+from pipeline.reproducibility import environment, git_commit
+from pipeline.run_folder import RunFolder
+
+
+def first_line(models_folder: Path) -> str:
+    """Which code runs: the folder `models` came from, the commit, the versions that matter."""
+    versions = environment()
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "ray", "mlflow"))
+    return f"models from {models_folder} at commit {git_commit(models_folder)}; {shown}"
+
+
+def final_report(config: PretrainConfig, summary: dict[str, Any]) -> str:
+    """Losses against the trivial predictors, where things are, how to open MLflow."""
+    folder = RunFolder(config)
+    m = summary["metrics"]
+    unit = "normalised pixels" if config.objective.norm_pix_loss else "pixels in [0, 1]"
+    held_out = "data.val_path" if config.data.val_path else "training images, crops never trained on"
+    lines = [
+        "",
+        f"held-out crops ({held_out}), error at hidden patches:",
+        f"  MIM  model {m['val/loss_mim']:.5f}   mean of each position {m['val/baseline_position_mean']:.5f}"
+        f"   visible mean colour {m['val/baseline_visible_colour']:.5f}   ({unit})",
+        f"       ratio to the better one {summary['mim_loss_over_baseline']:.3f}",
+    ]
+    if summary["mfm_loss_over_baseline"] is not None:
+        for s in (4, 8, 16):
+            lines.append(
+                f"  MFM  stride {s:<2d}  model {m[f'val/loss_mfm{s}']:.4f}   mean feature "
+                f"{m[f'val/baseline_mfm{s}']:.4f}   ratio {m[f'val/mfm{s}_loss_over_baseline']:.3f}"
+            )
+        lines.append(f"       all stages, ratio {summary['mfm_loss_over_baseline']:.3f}")
+    if summary["bad_images"]:
+        lines.append(f"unreadable images, replaced: {', '.join(summary['bad_images'][:5])}")
+    uri = config.tracking.uri or tracking.default_tracking_uri(folder.storage_path)
+    lines += [
+        f"{summary['steps']} steps in {summary['wall_s']:.0f} s, {summary['images_per_s']:.1f} images/s, "
+        f"{summary['data_wait_frac']:.0%} waiting for data",
+        f"picture   {_last_picture(folder.path)}",
+        f"encoder   {folder.path / 'encoder.safetensors'}",
+        f"MLflow    {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}",
+    ]
+    return "\n".join(lines)
+
+
+def _last_picture(run_path: Path) -> Path | str:
+    pictures = sorted((run_path / "reconstructions").glob("*.png"))
+    return pictures[-1] if pictures else "none"

@@ -1,0 +1,78 @@
+"""The folder of a run: what lies where, and whether the same command may go on in it.
+
+`<run.storage_path>/<run.name>/` holds config.json, state.json (MLflow run id, status), metrics.jsonl,
+checkpoints/, reconstructions/, and at the end encoder.safetensors and summary.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import ENCODER_FILE
+from pipeline.config import PretrainConfig, config_diff, config_to_dict
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.storage_path = Path(config.run.storage_path).absolute()
+        self.path = self.storage_path / config.run.name
+        self.checkpoints = self.path / "checkpoints"
+        self.summary_file = self.path / "summary.json"
+        self._config_file = self.path / "config.json"
+        self._state_file = self.path / "state.json"
+
+    def check(self) -> None:
+        """Refuse what must not happen silently.
+
+        Raises:
+            ValueError: the run is finished, or was started with another configuration.
+        """
+        name = self.config.run.name
+        if self.summary_file.exists():
+            raise ValueError(
+                f"run.name='{name}' is finished ({self.path}); pick another name with --run.name, or "
+                "delete that folder to train again. To train it longer, remove its summary.json and "
+                "pass a larger --optim.num-steps with --run.allow-config-change"
+            )
+        if not self._config_file.exists() or self.config.run.allow_config_change:
+            return
+        changes = config_diff(json.loads(self._config_file.read_text()), config_to_dict(self.config))
+        if changes:
+            shown = "\n  ".join(changes)
+            raise ValueError(
+                f"run.name='{name}' was started with another configuration ({self.path}):\n  {shown}\n"
+                "pick another --run.name, or resume with --run.allow-config-change"
+            )
+
+    def open(self) -> None:
+        """Create the folder and write the configuration."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._config_file.write_text(json.dumps(config_to_dict(self.config), indent=1))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Facts that outlive a restart of the driver, such as the MLflow run id."""
+        if not self._state_file.exists():
+            return {}
+        state: dict[str, Any] = json.loads(self._state_file.read_text())
+        return state
+
+    def update_state(self, **facts: Any) -> None:
+        """Add facts to the state."""
+        self._state_file.write_text(json.dumps({**self.state, **facts}, indent=1))
+
+    def finish(self, summary: dict[str, Any], checkpoint: Path) -> None:
+        """Publish the encoder, then the summary that marks the run as finished."""
+        shutil.copyfile(checkpoint / ENCODER_FILE, self.path / ENCODER_FILE)
+        self.summary_file.write_text(json.dumps(summary, indent=1))
+
+    def files_for_artifacts(self) -> list[Path]:
+        """Small files worth a copy in MLflow at the end of the run."""
+        names = ("config.json", "metrics.jsonl", "summary.json", "environment.json", ENCODER_FILE)
+        return [self.path / name for name in names]

@@ -1,0 +1,315 @@
+"""Ray Train wiring: from a config to a finished run.
+
+`run_pretraining` is the driver: it checks everything a user can get wrong, opens the MLflow run,
+starts a `TorchTrainer`, shows progress, and closes the run with the right status. `_train_worker` is
+what each training worker executes: it connects data, loop, checkpoints and tracking.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from pipeline import tracking
+from pipeline.checkpoint import Checkpointer
+from pipeline.cluster import REPO_ROOT, cluster
+from pipeline.config import (
+    PretrainConfig,
+    config_from_dict,
+    config_hash,
+    config_to_dict,
+    flatten_config,
+)
+from pipeline.data import SampleFactory, TrainingBatches, probe
+from pipeline.pretrain import Hooks, NonFiniteLossError, TooManyBadImagesError, Worker, pretrain
+from pipeline.progress import ProgressBoard, ProgressDisplay
+from pipeline.reproducibility import environment, git_commit
+from pipeline.run_folder import RunFolder
+from pipeline.sources import build_index
+
+logger = logging.getLogger(__name__)
+_POLL_S = 0.25
+_STOP_GRACE_S = 60.0
+
+
+class RunFailedError(RuntimeError):
+    """Training failed; the message says why. The newest checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """Index tables of a run."""
+
+    train: pa.Table
+    val: pa.Table
+    facts: dict[str, Any]
+    """What `data.probe` found in the training images."""
+
+    @classmethod
+    def open(cls, config: PretrainConfig) -> DataSets:
+        """Build the indices once, here, and look at a few images.
+
+        Raises:
+            ValueError: no images, or none that can be decoded.
+            FileNotFoundError: a path does not exist.
+        """
+        train = build_index(config.data.path)
+        facts = probe(config, train)
+        val = build_index(config.data.val_path) if config.data.val_path else train
+        return cls(train, val, facts)
+
+
+def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
+    """Run, or resume, a pre-training run; returns its summary.
+
+    Raises:
+        ValueError: anything in the config, the data or the run folder a user can fix.
+        RunFailedError: training failed.
+        KeyboardInterrupt: the run was interrupted; its newest checkpoint is kept.
+    """
+    folder = RunFolder(config)
+    folder.check()
+    data = DataSets.open(config)
+    folder.open()
+    uri = config.tracking.uri or tracking.default_tracking_uri(folder.storage_path)
+    facts = {**environment(), "git_commit": git_commit(REPO_ROOT)}
+    (folder.path / "environment.json").write_text(json.dumps(facts, indent=1))
+    run_id = tracking.open_run(
+        uri,
+        experiment=config.tracking.experiment,
+        artifact_folder=folder.storage_path / "mlartifacts",
+        name=config.run.name,
+        run_id=folder.state.get("mlflow_run_id"),
+        params={**flatten_config(config), "num_samples": data.train.num_rows, "lr": config.lr},
+        tags=facts,
+    )
+    folder.update_state(mlflow_run_id=run_id, status="RUNNING")
+    logger.info(describe(config, data))
+
+    status, start = "FAILED", time.time()
+    try:
+        with cluster(config):
+            outcome = _fit(config, data, folder, uri, run_id)
+        if outcome["is_stopped"]:
+            raise KeyboardInterrupt
+        summary = _summarise(config, data, outcome, run_id, wall_s=time.time() - start)
+        checkpoint = _checkpointer(config, folder).latest()
+        assert checkpoint is not None, "the last step always writes a checkpoint"
+        folder.finish(summary, checkpoint)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        folder.update_state(status=status)
+        tracking.close_run(uri, run_id, status, folder.files_for_artifacts())
+    return summary
+
+
+def describe(config: PretrainConfig, data: DataSets) -> str:
+    """The header of a run: data, batch and learning-rate arithmetic."""
+    batch, workers = config.data.global_batch_size, config.scaling.num_workers
+    steps = config.num_steps(data.train.num_rows)
+    lr = f"{config.lr:.3g}"
+    if config.optim.lr is None:
+        lr = f"{config.optim.base_lr:.3g} x {batch} / 256 = {lr}"
+    epochs = steps * batch / data.train.num_rows
+    return (
+        f"run '{config.run.name}': {config.model.name} at {config.data.image_size} px on "
+        f"{data.train.num_rows} images, {steps} steps ({epochs:.4g} epochs)\n"
+        f"global batch {batch} = {workers} workers x {config.batch_size_per_worker} x "
+        f"{config.accumulation_steps} accumulation; learning rate {lr}; "
+        f"{config.num_visible} of {config.data.num_patches} patches visible"
+    )
+
+
+def _fit(
+    config: PretrainConfig, data: DataSets, folder: RunFolder, uri: str, run_id: str
+) -> dict[str, Any]:
+    """Fit in a thread, so that this one can show progress and take Ctrl-C."""
+    board = ProgressBoard.remote()
+    job = {
+        "config": config_to_dict(config),
+        "num_samples": data.train.num_rows,
+        "train_index": [ray.put(data.train)],  # in lists: handed on as references
+        "val_index": [ray.put(data.val)],
+        "mlflow": {"uri": uri, "run_id": run_id},
+        "board": board,
+    }
+    trainer = ray.train.torch.TorchTrainer(
+        _train_worker,
+        train_loop_config=job,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.scaling.num_workers,
+            use_gpu=config.scaling.use_gpu,
+            resources_per_worker=_worker_resources(config),
+        ),
+        # A name of its own each time: Ray Train would silently resume an old one, and resuming is
+        # our business.
+        run_config=ray.train.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=str(folder.path / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
+        ),
+    )
+    result: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            result["outcome"] = trainer.fit().return_value
+        except BaseException as error:
+            result["error"] = error
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    with ProgressDisplay(config.num_steps(data.train.num_rows)) as display:
+        _follow(thread, board, display)
+    if "error" in result:
+        raise RunFailedError(
+            f"run '{config.run.name}' failed: {_root_cause(result['error'])}\nits newest checkpoint is "
+            f"kept under {folder.checkpoints}; the same command resumes it"
+        ) from result["error"]
+    outcome: dict[str, Any] = result["outcome"]
+    if "error" in outcome:
+        raise RunFailedError(f"run '{config.run.name}' stopped: {outcome['error']}")
+    return outcome
+
+
+def _follow(thread: threading.Thread, board: Any, display: ProgressDisplay) -> None:
+    """Show progress until the run ends; the first Ctrl-C stops it cleanly, a second at once."""
+    deadline: float | None = None
+    while thread.is_alive():
+        try:
+            thread.join(_POLL_S)
+            for step, metrics in ray.get(board.drain.remote()):
+                display.show(step, metrics)
+            if deadline is not None and time.monotonic() > deadline:
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if deadline is not None:
+                raise
+            deadline = time.monotonic() + _STOP_GRACE_S
+            board.request_stop.remote()
+            display.say("stopping after the next log step; Ctrl-C again stops at once")
+    for step, metrics in ray.get(board.drain.remote()):
+        display.show(step, metrics)
+
+
+def _worker_resources(config: PretrainConfig) -> dict[str, float]:
+    resources = {"CPU": config.scaling.cpus_per_worker}
+    return resources | ({"GPU": 1.0} if config.scaling.use_gpu else {})
+
+
+def _root_cause(error: BaseException) -> str:
+    """The worker's own exception under Ray's wrappers."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {error}"
+
+
+def _checkpointer(config: PretrainConfig, folder: RunFolder) -> Checkpointer:
+    facts = {
+        "model": config.model.name,
+        "image_size": str(config.data.image_size),
+        "run": config.run.name,
+        "config_hash": config_hash(config),
+    }
+    return Checkpointer(folder.checkpoints, keep=config.run.keep_checkpoints, facts=facts)
+
+
+def _train_worker(job: dict[str, Any]) -> dict[str, Any]:
+    """What every training worker runs; worker 0's result becomes the run's."""
+    config = config_from_dict(PretrainConfig, job["config"])
+    context = ray.train.get_context()
+    worker = Worker(
+        context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
+    )
+    folder = RunFolder(config)
+    num_steps = config.num_steps(job["num_samples"])
+    trackers: list[tracking.Tracker] = []
+    answers: list[ray.ObjectRef] = []
+
+    def on_start(step: int) -> None:
+        if worker.is_rank_zero:
+            system_metrics = config.tracking.system_metrics
+            trackers.append(
+                tracking.Tracker(
+                    folder.path, **job["mlflow"], start_step=step, system_metrics=system_metrics
+                )
+            )
+
+    def on_metrics(step: int, metrics: dict[str, float]) -> bool:
+        trackers[0].log(step, metrics)
+        answers.append(job["board"].post.remote(step, metrics))
+        # The answer to the previous post is there by now: no waiting for the driver.
+        return bool(ray.get(answers.pop(0))) if len(answers) > 1 else False
+
+    def on_checkpoint(step: int, metrics: dict[str, float]) -> None:
+        ray.train.report({"step": step, **metrics})
+
+    def batches_from(step: int) -> TrainingBatches:
+        return TrainingBatches(
+            config,
+            job["train_index"][0],
+            rank=worker.rank,
+            start_step=step,
+            num_steps=num_steps,
+        )
+
+    held_out = SampleFactory.build(config, ray.get(job["val_index"][0]))
+    try:
+        outcome = pretrain(
+            config,
+            num_samples=job["num_samples"],
+            batches_from=batches_from,
+            evaluation_batch=held_out.evaluation_batch(worker.rank, worker.world_size),
+            checkpointer=_checkpointer(config, folder),
+            worker=worker,
+            hooks=Hooks(
+                on_start=on_start,
+                on_metrics=on_metrics,
+                on_picture=lambda step, png: trackers[0].log_picture(step, png) and None,
+                on_checkpoint=on_checkpoint,
+            ),
+        )
+    except (NonFiniteLossError, TooManyBadImagesError) as error:
+        # Every worker raises it at the same step and would again: nothing to restart for.
+        return {"error": f"{error}"}
+    finally:
+        for tracker in trackers:
+            tracker.close()
+    return outcome
+
+
+def _summarise(
+    config: PretrainConfig, data: DataSets, outcome: dict[str, Any], run_id: str, *, wall_s: float
+) -> dict[str, Any]:
+    """Content of summary.json."""
+    index = data.train
+    metrics = outcome["metrics"]
+    return {
+        "run": config.run.name,
+        "steps": outcome["steps"],
+        "wall_s": round(wall_s, 2),
+        "images_per_s": outcome["images_per_s"],
+        "data_wait_frac": outcome["data_wait_frac"],
+        "mim_loss_over_baseline": metrics["val/mim_loss_over_baseline"],
+        "mfm_loss_over_baseline": metrics.get("val/mfm_loss_over_baseline"),
+        "mlflow_run_id": run_id,
+        "bad_images": [str(index["path"][row]) for row in outcome["bad_rows"]],
+        "metrics": metrics,
+    }
