@@ -37,7 +37,8 @@ def main() -> int:
         description="Pre-train an iTPN by masked image and masked feature modelling.",
     )
     set_up_logging()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` ends like Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # `ray job stop` ends a run like Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     logger.info(first_line(Path(models.__file__).parent))
     try:
         if config.data.path.startswith(DEMO_DATA):

@@ -52,9 +52,7 @@ class Decoder(nn.Module):
         )
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         # A frozen parameter, not a buffer: the official parameter counts include it.
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, grid[0] * grid[1], dim), requires_grad=False
-        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1], dim), requires_grad=False)
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio, eps=norm_eps) for _ in range(depth)
         )

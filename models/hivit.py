@@ -161,9 +161,7 @@ class HiViT(nn.Module):
         # The official forward compares the number of *encoded* tokens with the table's, so a masked
         # image always resamples the table, also at its native size. Pinned by the golden files a1, a2.
         is_masked = ids is not None
-        pos_embed = resize_pos_embed(
-            self.pos_embed, grid, "scale_factor", even_if_equal=is_masked
-        )
+        pos_embed = resize_pos_embed(self.pos_embed, grid, "scale_factor", even_if_equal=is_masked)
         if ids is not None:
             pos_embed = gather_tokens(pos_embed.expand(x.shape[0], -1, -1), ids)
         x = x + pos_embed

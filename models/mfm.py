@@ -37,7 +37,9 @@ class MaskedFeatureModeling(nn.Module):
         super().__init__()
         self.loss_type = loss_type
         self.stage_dims = stage_dims
-        self.cells = {stride: CELLS * STRIDES[0] // stride for stride in STRIDES}  # {4: 4, 8: 2, ...}
+        self.cells = {
+            stride: CELLS * STRIDES[0] // stride for stride in STRIDES
+        }  # {4: 4, 8: 2, ...}
         self.pred = nn.ModuleDict(
             {str(s): nn.Linear(decoder_dim, self.cells[s] ** 2 * stage_dims[s]) for s in STRIDES}
         )

@@ -13,10 +13,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from models.decoder import Decoder
-from models.itpn import ITPN, create_itpn, get_variant
+from models.itpn import ITPN, create_itpn
 from models.mfm import MaskedFeatureModeling, MFMLoss
 from models.mim import MaskedImageModeling
 from models.tokens import split_tokens
+from models.variants import get_variant
 
 
 class PretrainLosses(NamedTuple):
@@ -110,7 +111,7 @@ def create_pretraining_model(
     """Build a named model for pre-training, with the decoder of its variant.
 
     Args:
-        name: a key of `models.itpn.VARIANTS`.
+        name: a key of `models.variants.VARIANTS`.
         img_size: image side in pixels; None for the variant's own.
         norm_pix_loss: per-patch-normalised pixel targets.
         mfm_weight: weight of the feature losses; 0 builds no MFM part at all.

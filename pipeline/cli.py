@@ -24,7 +24,9 @@ def parse_recipe_command(
     Prints help or an error and exits (status 2 for a wrong command line), as tyro does.
     """
     if not argv or argv[0].startswith("-"):
-        lines = [f"  {name:20s}{(make.__doc__ or '').splitlines()[0]}" for name, make in recipes.items()]
+        lines = [
+            f"  {name:20s}{(make.__doc__ or '').splitlines()[0]}" for name, make in recipes.items()
+        ]
         text = f"usage: {prog} RECIPE [--section.field VALUE ...]\n\n{description}\n\nrecipes:\n"
         text += "\n".join(lines) + f"\n\n{prog} RECIPE --help lists every setting with its default."
         is_help = bool(argv) and argv[0] in ("-h", "--help")
@@ -49,3 +51,5 @@ def set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     for name in ("pipeline", "models", "jobs"):
         logging.getLogger(name).setLevel(logging.INFO)
+    for name in ("mlflow", "alembic"):  # they announce every table they create
+        logging.getLogger(name).setLevel(logging.WARNING)

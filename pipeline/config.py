@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import tyro
 
-from models.itpn import get_variant
+from models.variants import get_variant
 
 PATCH_SIZE = 16
 ConfigT = TypeVar("ConfigT")
@@ -52,7 +52,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name in (".", ".."):
-            raise ValueError(f"run.name='{self.name}' must be a plain folder name; use e.g. 'run-1'")
+            raise ValueError(
+                f"run.name='{self.name}' must be a plain folder name; use e.g. 'run-1'"
+            )
         for key in ("log", "checkpoint", "evaluate", "picture"):
             _require_positive(f"run.{key}_every_steps", getattr(self, f"{key}_every_steps"))
         _require_positive("run.keep_checkpoints", self.keep_checkpoints)
@@ -95,7 +97,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ValueError("data.path is empty; give a folder of images or Parquet: --data.path DIR")
+            raise ValueError(
+                "data.path is empty; give a folder of images or Parquet: --data.path DIR"
+            )
         if self.image_size % PATCH_SIZE or self.image_size <= 0:
             near = max(PATCH_SIZE, round(self.image_size / PATCH_SIZE) * PATCH_SIZE)
             raise ValueError(
@@ -118,7 +122,7 @@ class ModelConfig:
     """The network."""
 
     name: str = "itpn_base_patch16_224"
-    """A variant of models/itpn.py."""
+    """A variant of models/variants.py."""
 
     def __post_init__(self) -> None:
         get_variant(self.name)
@@ -145,7 +149,9 @@ class ObjectiveConfig:
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"objective.mask_ratio={self.mask_ratio} must lie in (0, 1); use 0.75")
         if self.mfm_weight < 0:
-            raise ValueError(f"objective.mfm_weight={self.mfm_weight} must be >= 0; 0 turns MFM off")
+            raise ValueError(
+                f"objective.mfm_weight={self.mfm_weight} must be >= 0; 0 turns MFM off"
+            )
         if not 0 <= self.teacher_momentum <= 1:
             raise ValueError(
                 f"objective.teacher_momentum={self.teacher_momentum} must lie in [0, 1]; use 0.996"

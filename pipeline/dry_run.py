@@ -135,4 +135,3 @@ def _check_mlflow(config: PretrainConfig, folder: RunFolder) -> str:
             f"tracking.uri='{uri}' does not answer: {error}; start the server or leave it empty for SQLite"
         ) from error
     return f"{uri} answers"
-

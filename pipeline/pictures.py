@@ -71,7 +71,9 @@ def reconstruction_picture(
 def _fill_hidden(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
     patches = patchify(images, patch_size)
     patches = patches.masked_fill(mask[..., None], _GREY)
-    return unpatchify(patches, (images.shape[-2] // patch_size, images.shape[-1] // patch_size), patch_size)
+    return unpatchify(
+        patches, (images.shape[-2] // patch_size, images.shape[-1] // patch_size), patch_size
+    )
 
 
 def _feature_colours(

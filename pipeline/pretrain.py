@@ -268,7 +268,9 @@ def schedules_at(step: int, num_steps: int, config: PretrainConfig) -> dict[str,
     schedules = {"optim/lr": lr}
     if config.objective.mfm_weight > 0:
         start = config.objective.teacher_momentum
-        schedules["optim/teacher_momentum"] = teacher_momentum(step, start=start, num_steps=num_steps)
+        schedules["optim/teacher_momentum"] = teacher_momentum(
+            step, start=start, num_steps=num_steps
+        )
     return schedules
 
 
@@ -354,7 +356,9 @@ def _count_bad_images(state: TrainState, worker: Worker) -> int:
 
 def _check_bad_images(num_bad: float, num_samples: int, config: PretrainConfig) -> None:
     fraction = config.data.max_bad_fraction
-    allowed = max(fraction * num_samples, 1.0 if fraction else 0.0)  # one bad file kills no small run
+    allowed = max(
+        fraction * num_samples, 1.0 if fraction else 0.0
+    )  # one bad file kills no small run
     if num_bad > allowed:
         raise TooManyBadImagesError(
             f"{num_bad:.0f} of {num_samples} images cannot be decoded, more than "

@@ -24,7 +24,9 @@ def final_report(config: PretrainConfig, summary: dict[str, Any]) -> str:
     folder = RunFolder(config)
     m = summary["metrics"]
     unit = "normalised pixels" if config.objective.norm_pix_loss else "pixels in [0, 1]"
-    held_out = "data.val_path" if config.data.val_path else "training images, crops never trained on"
+    held_out = (
+        "data.val_path" if config.data.val_path else "training images, crops never trained on"
+    )
     lines = [
         "",
         f"held-out crops ({held_out}), error at hidden patches:",

@@ -22,9 +22,7 @@ EVAL_EPOCH = 2**40
 """First epoch number of evaluation crops; training never gets there."""
 
 
-def sample_generator(
-    seed: int, epoch: int, sample_id: int, stream: Stream
-) -> np.random.Generator:
+def sample_generator(seed: int, epoch: int, sample_id: int, stream: Stream) -> np.random.Generator:
     """Generator for one use of one sample in one epoch.
 
     Args:

@@ -42,7 +42,9 @@ class RunFolder:
             )
         if not self._config_file.exists() or self.config.run.allow_config_change:
             return
-        changes = config_diff(json.loads(self._config_file.read_text()), config_to_dict(self.config))
+        changes = config_diff(
+            json.loads(self._config_file.read_text()), config_to_dict(self.config)
+        )
         if changes:
             shown = "\n  ".join(changes)
             raise ValueError(

@@ -15,9 +15,7 @@ from pipeline.reproducibility import sample_generator
 _CACHED_EPOCHS = 4
 
 
-def epoch_order(
-    seed: int, epoch: int, sizes: NDArray[np.int64], window: int
-) -> NDArray[np.int64]:
+def epoch_order(seed: int, epoch: int, sizes: NDArray[np.int64], window: int) -> NDArray[np.int64]:
     """Permutation of all index rows for one epoch.
 
     Groups (Parquet row groups) are shuffled, then rows are permuted inside consecutive windows, so

@@ -3,6 +3,7 @@
 `metrics.jsonl` is the record; MLflow gets a copy from a thread of its own, so that a slow or dead
 tracking server never holds up a step. Surprising: the driver opens and closes the MLflow run, worker
 0 only writes into it. So one run survives restarts of workers, and its end status is the driver's.
+mlflow is imported where it is used: it takes seconds, which worker 0 spends in the background.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
 _MAX_PARAM_CHARS = 6000  # MLflow's own limit on parameter values
@@ -50,6 +51,9 @@ def open_run(
         params: configuration, logged once.
         tags: facts that may change between restarts.
     """
+    from mlflow import MlflowClient
+    from mlflow.entities import Param, RunTag
+
     client = MlflowClient(uri)
     if run_id is None:
         found = client.get_experiment_by_name(experiment)
@@ -72,6 +76,8 @@ def open_run(
 
 def close_run(uri: str, run_id: str, status: str, files: list[Path]) -> None:
     """Log last files and end the run as FINISHED, FAILED or KILLED."""
+    from mlflow import MlflowClient
+
     client = MlflowClient(uri)
     for file in files:
         if file.is_file():
@@ -150,6 +156,8 @@ class _MlflowThread:
         now_ms = int(time.time() * 1000)
 
         def deliver(client: MlflowClient) -> None:
+            from mlflow.entities import Metric
+
             new = [
                 Metric(key, value, now_ms, step)
                 for key, value in metrics.items()
@@ -182,6 +190,8 @@ class _MlflowThread:
         return self._delivered[key]
 
     def _run(self) -> None:
+        from mlflow import MlflowClient
+
         client = MlflowClient(self._uri)
         monitor = self._start_system_metrics() if self._system_metrics else None
         has_warned = False
@@ -192,7 +202,9 @@ class _MlflowThread:
                     break
                 except Exception as error:
                     if not has_warned:
-                        logger.warning("MLflow at %s: %s; training goes on, retrying", self._uri, error)
+                        logger.warning(
+                            "MLflow at %s: %s; training goes on, retrying", self._uri, error
+                        )
                         has_warned = True
                     if isinstance(error, FileNotFoundError) or time.monotonic() > self._stop_by:
                         break

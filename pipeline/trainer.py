@@ -12,20 +12,19 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
-import torch
 
 from pipeline import tracking
 from pipeline.checkpoint import Checkpointer
 from pipeline.cluster import REPO_ROOT, cluster
 from pipeline.config import (
     PretrainConfig,
+    apply_overrides,
     config_from_dict,
     config_hash,
     config_to_dict,
@@ -41,6 +40,7 @@ from pipeline.sources import build_index
 logger = logging.getLogger(__name__)
 _POLL_S = 0.25
 _STOP_GRACE_S = 60.0
+_CLEANER_TIMEOUT_S = 0.5
 
 
 class RunFailedError(RuntimeError):
@@ -68,6 +68,22 @@ class DataSets:
         facts = probe(config, train)
         val = build_index(config.data.val_path) if config.data.val_path else train
         return cls(train, val, facts)
+
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """TorchTrainer that does not idle for 12 seconds at its end.
+
+    Ray 2.60's cleaner of placement groups waits for a thread that in turn waits for the cleaner, until
+    a time-out with no public setting. This shortens the time-out where it exists, and is otherwise
+    the plain trainer.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        for callback in callbacks:
+            if hasattr(callback, "_stop_timeout"):
+                callback._stop_timeout = _CLEANER_TIMEOUT_S
+        return callbacks
 
 
 def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
@@ -139,15 +155,17 @@ def _fit(
 ) -> dict[str, Any]:
     """Fit in a thread, so that this one can show progress and take Ctrl-C."""
     board = ProgressBoard.remote()
+    # Workers run in a folder of Ray's, so relative paths end here.
+    absolute = apply_overrides(config, {"run.storage_path": str(folder.storage_path)})
     job = {
-        "config": config_to_dict(config),
+        "config": config_to_dict(absolute),
         "num_samples": data.train.num_rows,
         "train_index": [ray.put(data.train)],  # in lists: handed on as references
         "val_index": [ray.put(data.val)],
         "mlflow": {"uri": uri, "run_id": run_id},
         "board": board,
     }
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _Trainer(
         _train_worker,
         train_loop_config=job,
         scaling_config=ray.train.ScalingConfig(
