@@ -1,0 +1,67 @@
+"""Fixtures shared by all tests. The Ray cluster is started once, and only by tests that ask for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.recipes import debug
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    """Golden numbers and time limits assume the two cores of a small machine."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 smooth random images of several sizes and formats, two of them in a subfolder."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "sub").mkdir()
+    for i in range(24):
+        generator = np.random.default_rng(i)
+        coarse = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        size = (90 + 7 * (i % 4), 80 + 5 * (i % 3))
+        image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        suffix = ("jpg", "png", "webp")[i % 3]
+        image.save(folder / ("sub" if i < 2 else "") / f"image_{i:02d}.{suffix}")
+    return folder
+
+
+@pytest.fixture
+def debug_config(image_folder: Path, tmp_path: Path) -> PretrainConfig:
+    """The debug recipe on the image folder, writing under the test's own folder."""
+    return apply_overrides(
+        debug(), {"data.path": str(image_folder), "run.storage_path": str(tmp_path / "runs")}
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One local Ray cluster for the session, with a job server; yields the dashboard address."""
+    import ray
+
+    from pipeline.cluster import PRIVATE_ENV, QUIET_ENV
+
+    os.environ.update({**QUIET_ENV, **PRIVATE_ENV})
+    context = ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        object_store_memory=300 * 2**20,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(REPO_ROOT), **QUIET_ENV}},
+    )
+    yield f"http://{context.dashboard_url}"
+    ray.shutdown()
