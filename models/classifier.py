@@ -1,4 +1,4 @@
-"""ITPNClassifier: mean-pooled HiViT features, norm, linear head (official pixel fine-tuning model)."""
+"""ITPNClassifier: mean-pooled HiViT features, norm, linear head (official pixel fine-tuning)."""
 
 # B batch, N patches, D embed dim
 

@@ -159,7 +159,8 @@ class HiViT(nn.Module):
         x = self.blocks[merge2](x).flatten(2)  # (B, V, D): one cell is left
 
         # The official forward compares the number of *encoded* tokens with the table's, so a masked
-        # image always resamples the table, also at its native size. Pinned by the golden files a1, a2.
+        # image always resamples the table, also at its native size. Pinned by the golden files a1,
+        # a2.
         is_masked = ids is not None
         pos_embed = resize_pos_embed(self.pos_embed, grid, "scale_factor", even_if_equal=is_masked)
         if ids is not None:

@@ -1,8 +1,8 @@
 """The layers of HiViT and of the pyramid: attention, blocks, patch embed / merge / split.
 
 The surprising fact: nothing here mixes tokens except `Attention`. Stages 1 and 2 and the whole
-pyramid work inside one 16x16-pixel token on its own cells, which is why masked tokens can be dropped
-before the very first layer.
+pyramid work inside one 16x16-pixel token on its own cells, which is why masked tokens can be
+dropped before the very first layer.
 """
 
 # B batch, N tokens (visible or all), D embed dim, H heads, K head dim, c cells per token side,
@@ -25,7 +25,7 @@ CELLS = 4  # cells per token side at stride 4; merges halve it twice
 class RelativePositions(NamedTuple):
     """Where the tokens of a batch stand to each other."""
 
-    index: Tensor
+    pair_index: Tensor
     """(N, N) for all tokens, or (B, N, N) for the visible ones of each image."""
     grid: tuple[int, int]
     """Token grid (h, w) the index refers to."""
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         h, w = positions.grid
         shape = ((2 * h - 1) * (2 * w - 1), self.num_heads)
         table = resize_rel_pos_bias_table_simple(table, (h, w), shape)
-        return table[positions.index].movedim(-1, -3)
+        return table[positions.pair_index].movedim(-1, -3)
 
 
 class MlpBlock(nn.Module):
@@ -144,7 +144,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerge(nn.Module):
-    """Four neighbouring cells -> one of twice the channels: (..., c, c, d) -> (..., c/2, c/2, 2d)."""
+    """Four neighbouring cells -> one of twice the channels."""
 
     def __init__(self, dim: int, *, eps: float) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
 The idea is the paper's (arXiv:2211.12735, section 3.3 and figure 1); the authors never released
 code for it. Loss form, weight, target normalisation and heads are **ours**:
-one Linear per stage maps a decoder token to that stage's cells x channels, targets are the teacher's
-stage features normalised over channels without affine, and only masked positions count.
+one Linear per stage maps a decoder token to that stage's cells x channels, targets are the
+teacher's stage features normalised over channels without affine, and only masked positions count.
 """
 
 # B batch, N patches, M masked patches, D decoder dim, c cells per token side, d stage channels

@@ -65,7 +65,7 @@ class MaskedImageModeling(nn.Module):
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each patch, each (B, N, 1); the deviation is sqrt(unbiased var + eps)."""
+    """Mean and deviation, sqrt(unbiased var + eps), of each patch: both (B, N, 1)."""
     mean = patches.mean(dim=-1, keepdim=True)
     var = patches.var(dim=-1, keepdim=True, unbiased=True)
     return mean, (var + NORM_PIX_EPS).sqrt()

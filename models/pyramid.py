@@ -1,4 +1,5 @@
-"""FeaturePyramid: the top-down neck that is pre-trained with the backbone (arXiv:2211.12735, section 3.2).
+"""FeaturePyramid: the top-down neck that is pre-trained with the backbone (arXiv:2211.12735,
+section 3.2).
 
 Like the first two stages it never mixes tokens: a pyramid over visible tokens is the dense pyramid
 restricted to them. The surprising fact: the skip connections go in *before* the level's blocks, and

@@ -54,6 +54,6 @@ class EMATeacher(nn.Module):
     @torch.no_grad()
     def update(self, student: HiViT, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter."""
-        mine = list(self.backbone.parameters())
+        mine: list[Tensor] = list(self.backbone.parameters())
         theirs = [p.detach() for p in student.parameters()]
         torch._foreach_lerp_(mine, theirs, 1.0 - momentum)

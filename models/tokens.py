@@ -1,8 +1,8 @@
 """Tokens: which patches are visible, gathering them, and images as rows of patches.
 
-The surprising fact: a token is addressed by its raster index everywhere, and visible tokens are kept
-in raster order. (The official code keeps them in the order of the random noise; attention does not
-care, and raster order makes the result a function of the mask alone.)
+The surprising fact: a token is addressed by its raster index everywhere, and visible tokens are
+kept in raster order. (The official code keeps them in the order of the random noise; attention
+does not care, and raster order makes the result a function of the mask alone.)
 """
 
 # B batch, N patches, V visible patches, M masked patches, C image channels, P patch side
@@ -32,8 +32,8 @@ def split_tokens(mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, 
         num_visible = int(counts[0])
         if bool((counts != num_visible).any()):
             raise ValueError(
-                f"mask rows keep different numbers of patches ({counts.tolist()}); every image of a "
-                "batch must keep the same number: draw masks with an exact count"
+                f"mask rows keep different numbers of patches ({counts.tolist()}); every image of "
+                "a batch must keep the same number: draw masks with an exact count"
             )
     ids = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)  # (B, N), visible first
     return ids[:, :num_visible], ids[:, num_visible:]

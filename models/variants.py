@@ -1,4 +1,4 @@
-"""The table of named variants. Imports no torch: a command line or a data worker reads it in no time."""
+"""The table of named variants. Imports no torch, so that a data worker reads it in no time."""
 
 from __future__ import annotations
 

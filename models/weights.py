@@ -1,11 +1,12 @@
 """Reading weights: official iTPN pixel checkpoints and our own, into any of our models.
 
-Every load returns a `LoadReport` and fails loudly: a key that should have gone somewhere and did not
-is an error, never a warning. Surprising: nothing is unpickled. `.pth` files go through torch's
+Every load returns a `LoadReport` and fails loudly: a key that should have gone somewhere and did
+not is an error, never a warning. Surprising: nothing is unpickled. `.pth` files go through torch's
 `weights_only` reader with `argparse.Namespace` (which official files carry) as the one extra type.
 
 All layouts meet in one *canonical* key space, that of `PretrainingModel`:
-`encoder.backbone.*`, `encoder.pyramid.*`, `decoder.*`, `mim.*`, `mfm.*`, plus `fc_norm.*`, `head.*`.
+`encoder.backbone.*`, `encoder.pyramid.*`, `decoder.*`, `mim.*`, `mfm.*`, plus `fc_norm.*`,
+`head.*`.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
 
     Args:
         model: a PretrainingModel, ITPN, HiViT or ITPNClassifier.
-        source: a file (`.safetensors`, `.pth`, `.pt`) or a state dict, in the official layout or ours.
+        source: a file (`.safetensors`, `.pth`, `.pt`) or a state dict, in the official layout or
+        ours.
 
     Returns:
         The report; print it.
@@ -168,7 +170,7 @@ def to_canonical(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[s
 
 
 def to_official(model: nn.Module) -> dict[str, Tensor]:
-    """State dict in the official key layout, the inverse of loading one (MFM heads have no place)."""
+    """State dict in the official key layout, the inverse of loading; MFM heads have no place."""
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         key = _canonical_name(model, name)

@@ -31,7 +31,8 @@ class Checkpointer:
     Args:
         folder: where the step folders live; created when the first one is written.
         keep: newest checkpoints kept.
-        facts: strings stored in the manifest and in the safetensors header (model, config hash, ...).
+        facts: strings stored in the manifest and in the safetensors header (model, config hash,
+        ...).
     """
 
     def __init__(self, folder: Path, *, keep: int, facts: dict[str, str]) -> None:

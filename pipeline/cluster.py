@@ -1,8 +1,8 @@
 """Joining a Ray cluster, or starting a private one that ends with the run.
 
 Surprising: on one machine the logical CPUs are what the run asks for (training workers + decoding),
-not the physical cores. Otherwise two CPU workers on two cores would leave Ray Data none, and the run
-would wait for ever without an error.
+not the physical cores. Otherwise two CPU workers on two cores would leave Ray Data none, and the
+run would wait for ever without an error.
 """
 
 from __future__ import annotations

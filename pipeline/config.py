@@ -44,7 +44,7 @@ class RunConfig:
     picture_every_steps: int = 1000
     """Steps between reconstruction pictures; the last step always draws one."""
     max_failures: int = 3
-    """Restarts from the newest checkpoint after a worker failure, before the run counts as failed."""
+    """Restarts from the newest checkpoint after worker failures; one more ends the run."""
     allow_config_change: bool = False
     """Resume although the configuration differs from the one the run was started with."""
     dry_run: Annotated[bool, tyro.conf.arg(name="dry-run", prefix_name=False)] = False
@@ -220,6 +220,8 @@ class TrackingConfig:
     """MLflow tracking URI; empty: SQLite under run.storage_path."""
     experiment: str = "itpn-pretrain"
     """MLflow experiment."""
+    checkpoint_artifact: bool = True
+    """Copy the newest checkpoint to the run's artifacts when the run ends."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use of the host of worker 0."""
 
@@ -242,8 +244,8 @@ class PretrainConfig:
             lower = batch // workers * workers
             options = [str(b) for b in (lower, lower + workers) if b]
             raise ValueError(
-                f"data.global_batch_size={batch} is not divisible by scaling.num_workers={workers}; "
-                f"use {' or '.join(options)}"
+                f"data.global_batch_size={batch} is not divisible by "
+                f"scaling.num_workers={workers}; use {' or '.join(options)}"
             )
         if self.num_visible < 1:
             raise ValueError(

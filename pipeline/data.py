@@ -1,9 +1,9 @@
 """The data plane: a worker's share of every step, decoded and masked by Ray Data.
 
 Each training worker reads its own Ray dataset of *steps*: one task reads, decodes, crops and masks
-the worker's share of a few steps and yields uint8 micro-batches. Surprising: the data set is not split
-by Ray. Which samples a worker gets follows from (seed, step, rank), so the global batch is the same at
-any worker count and a run starts at any step without replaying one.
+the worker's share of a few steps and yields uint8 micro-batches. Surprising: the data set is not
+split by Ray. Which samples a worker gets follows from (seed, step, rank), so the global batch is
+the same at any worker count and a run starts at any step without replaying one.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ class TrainingBatches:
 class _LoopThrottle(ExecutionCallback):
     """Lets the executor's loop rest between rounds.
 
-    Ray 2.60's loop never sleeps while it waits for its consumer: it spins in a thread of the training
-    process, holds the interpreter lock, and halved the speed of training on two cores.
+    Ray 2.60's loop never sleeps while it waits for its consumer: it spins in a thread of the
+    training process, holds the interpreter lock, and halved the speed of training on two cores.
     """
 
     def on_execution_step(self, executor: Any) -> None:

@@ -60,7 +60,7 @@ def _photos() -> dict[str, Image.Image]:
         from sklearn.datasets import load_sample_images
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{error.name} is missing; the demo's photographs come with it: pip install -e '.[demo]'"
+            f"{error.name} is missing, the demo photographs come with it: pip install -e '.[demo]'"
         ) from error
     arrays = {name: getattr(skimage.data, name)() for name in SKIMAGE_PHOTOS}
     arrays["motorcycle"] = skimage.data.stereo_motorcycle()[0]

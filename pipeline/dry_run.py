@@ -132,6 +132,7 @@ def _check_mlflow(config: PretrainConfig, folder: RunFolder) -> str:
         MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:
         raise ValueError(
-            f"tracking.uri='{uri}' does not answer: {error}; start the server or leave it empty for SQLite"
+            f"tracking.uri='{uri}' does not answer: {error}; start the server, or leave it empty "
+            "for SQLite"
         ) from error
     return f"{uri} answers"

@@ -12,7 +12,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups covering every trainable parameter once: undecayed (1-D and biases), decayed.
 
     As the official pixel pre-training: `pos_embed` and `mask_token` *are* decayed
-    (itpn_pixel/main_pretrain.py:178; pinned by golden/extras/param_groups_pixel_pretrain_base.json).
+    (itpn_pixel/main_pretrain.py:178; pinned by
+    golden/extras/param_groups_pixel_pretrain_base.json).
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     undecayed = [p for name, p in trainable if p.ndim <= 1 or name.endswith(".bias")]

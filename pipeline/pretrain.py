@@ -1,9 +1,9 @@
 """The pre-training loop: read it top to bottom.
 
 It knows no Ray, no MLflow and no paths: batches come from an iterator, metrics go to a callback,
-states to a `Checkpointer`. Surprising: the loss is never taken off the device between log steps, but
-the gradient norm is looked at every step, because a non-finite one must stop the run *before* the
-update (the norm is of reduced gradients, so all workers agree).
+states to a `Checkpointer`. Surprising: the loss is never taken off the device between log steps,
+but the gradient norm is looked at every step, because a non-finite one must stop the run *before*
+the update (the norm is of reduced gradients, so all workers agree).
 """
 
 from __future__ import annotations
@@ -362,7 +362,8 @@ def _check_bad_images(num_bad: float, num_samples: int, config: PretrainConfig) 
     if num_bad > allowed:
         raise TooManyBadImagesError(
             f"{num_bad:.0f} of {num_samples} images cannot be decoded, more than "
-            f"data.max_bad_fraction={fraction}; repair data.path='{config.data.path}' or raise the limit"
+            f"data.max_bad_fraction={fraction}; repair data.path='{config.data.path}' or raise the "
+            "limit"
         )
 
 
@@ -371,7 +372,8 @@ def _non_finite_message(
 ) -> str:
     last = latest.get("train/loss", float("nan"))
     return (
-        f"step {step + 1}: loss {float(losses[0]):.6g} with gradient norm {float(grad_norm):.6g} is not "
-        f"finite; stopped before the update (last logged loss {last:.6g}). The newest checkpoint is "
-        "intact; lower optim.lr or set optim.clip_grad_norm, and resume with --run.allow-config-change"
+        f"step {step + 1}: loss {float(losses[0]):.6g} with gradient norm {float(grad_norm):.6g} "
+        f"is not finite; stopped before the update (last logged loss {last:.6g}). The newest "
+        "checkpoint is intact; lower optim.lr or set optim.clip_grad_norm, and resume with "
+        "--run.allow-config-change"
     )

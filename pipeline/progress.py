@@ -22,9 +22,8 @@ from rich.progress import (
 )
 
 
-@ray.remote(num_cpus=0)
 class ProgressBoard:
-    """Mailbox between worker 0 and the driver."""
+    """Mailbox between worker 0 and the driver; runs as a Ray actor."""
 
     def __init__(self) -> None:
         self._records: list[tuple[int, dict[str, float]]] = []
@@ -43,6 +42,11 @@ class ProgressBoard:
     def request_stop(self) -> None:
         """Ask the workers to save and leave at their next log step."""
         self._is_stop_requested = True
+
+
+def create_board() -> Any:
+    """Start a ProgressBoard actor; it takes no CPU from the run."""
+    return ray.remote(num_cpus=0)(ProgressBoard).remote()
 
 
 class ProgressDisplay:

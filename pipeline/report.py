@@ -30,8 +30,9 @@ def final_report(config: PretrainConfig, summary: dict[str, Any]) -> str:
     lines = [
         "",
         f"held-out crops ({held_out}), error at hidden patches:",
-        f"  MIM  model {m['val/loss_mim']:.5f}   mean of each position {m['val/baseline_position_mean']:.5f}"
-        f"   visible mean colour {m['val/baseline_visible_colour']:.5f}   ({unit})",
+        f"  MIM  model {m['val/loss_mim']:.5f}   "
+        f"mean of each position {m['val/baseline_position_mean']:.5f}   "
+        f"visible mean colour {m['val/baseline_visible_colour']:.5f}   ({unit})",
         f"       ratio to the better one {summary['mim_loss_over_baseline']:.3f}",
     ]
     if summary["mfm_loss_over_baseline"] is not None:
@@ -45,8 +46,8 @@ def final_report(config: PretrainConfig, summary: dict[str, Any]) -> str:
         lines.append(f"unreadable images, replaced: {', '.join(summary['bad_images'][:5])}")
     uri = config.tracking.uri or tracking.default_tracking_uri(folder.storage_path)
     lines += [
-        f"{summary['steps']} steps in {summary['wall_s']:.0f} s, {summary['images_per_s']:.1f} images/s, "
-        f"{summary['data_wait_frac']:.0%} waiting for data",
+        f"{summary['steps']} steps in {summary['wall_s']:.0f} s, "
+        f"{summary['images_per_s']:.1f} images/s, {summary['data_wait_frac']:.0%} waiting for data",
         f"picture   {_last_picture(folder.path)}",
         f"encoder   {folder.path / 'encoder.safetensors'}",
         f"MLflow    {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}",

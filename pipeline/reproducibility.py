@@ -1,7 +1,8 @@
 """Randomness and provenance.
 
-Everything random about a sample is a function of (seed, epoch, sample id): a counter-based generator
-(Philox) is keyed by them, so neither the worker count nor a restart can change a crop or a mask.
+Everything random about a sample is a function of (seed, epoch, sample id): a counter-based
+generator (Philox) is keyed by them, so neither the worker count nor a restart can change a crop or
+a mask.
 """
 
 from __future__ import annotations

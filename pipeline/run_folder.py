@@ -1,7 +1,7 @@
 """The folder of a run: what lies where, and whether the same command may go on in it.
 
-`<run.storage_path>/<run.name>/` holds config.json, state.json (MLflow run id, status), metrics.jsonl,
-checkpoints/, reconstructions/, and at the end encoder.safetensors and summary.json.
+`<run.storage_path>/<run.name>/` holds config.json, state.json (MLflow run id, status),
+metrics.jsonl, checkpoints/, reconstructions/, and at the end encoder.safetensors and summary.json.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class RunFolder:
         name = self.config.run.name
         if self.summary_file.exists():
             raise ValueError(
-                f"run.name='{name}' is finished ({self.path}); pick another name with --run.name, or "
-                "delete that folder to train again. To train it longer, remove its summary.json and "
-                "pass a larger --optim.num-steps with --run.allow-config-change"
+                f"run.name='{name}' is finished ({self.path}); pick another name with --run.name, "
+                "or delete that folder to train again. To train it longer, remove its summary.json "
+                "and pass a larger --optim.num-steps with --run.allow-config-change"
             )
         if not self._config_file.exists() or self.config.run.allow_config_change:
             return
@@ -48,8 +48,8 @@ class RunFolder:
         if changes:
             shown = "\n  ".join(changes)
             raise ValueError(
-                f"run.name='{name}' was started with another configuration ({self.path}):\n  {shown}\n"
-                "pick another --run.name, or resume with --run.allow-config-change"
+                f"run.name='{name}' was started with another configuration ({self.path}):\n"
+                f"  {shown}\npick another --run.name, or resume with --run.allow-config-change"
             )
 
     def open(self) -> None:

@@ -1,8 +1,8 @@
 """The order of samples: an endless stream that depends on the seed alone.
 
-Stream position k is use k % n of epoch k // n; step s of a run takes positions s*B to (s+1)*B of the
-global batch B. So the cursor of a run is its step, nothing is dropped at an epoch's end, and any
-worker can compute its share of any step without asking the others.
+Stream position k is use k % n of epoch k // n; step s of a run takes positions s*B to (s+1)*B of
+the global batch B. So the cursor of a run is its step, nothing is dropped at an epoch's end, and
+any worker can compute its share of any step without asking the others.
 """
 
 from __future__ import annotations

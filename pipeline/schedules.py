@@ -19,5 +19,5 @@ def warmup_cosine(
 
 
 def teacher_momentum(step: int, *, start: float, num_steps: int) -> float:
-    """From `start` to 1 on a cosine (Grill et al., arXiv:2006.07733, section 3.3; the use is ours)."""
+    """From `start` to 1 on a cosine (Grill et al., arXiv:2006.07733, section 3.3)."""
     return 1.0 - (1.0 - start) * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))

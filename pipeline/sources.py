@@ -40,7 +40,7 @@ def build_index(path: str) -> pa.Table:
     root = Path(path)
     if not root.exists():
         raise FileNotFoundError(
-            f"data.path='{path}' does not exist; give a folder of images or Parquet with --data.path"
+            f"data.path='{path}' does not exist; give a folder of images or Parquet files"
         )
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
     parquet = [p for p in files if p.suffix.lower() in PARQUET_SUFFIXES]
@@ -148,8 +148,8 @@ class SampleReader:
                 names = file.schema_arrow.names
                 if self.image_column not in names:
                     raise ValueError(
-                        f"data.image_column='{self.image_column}' is not in {path}; its columns are "
-                        f"{', '.join(names)}"
+                        f"data.image_column='{self.image_column}' is not in {path}; its columns "
+                        f"are {', '.join(names)}"
                     )
                 table = file.read_row_group(row_group, columns=[self.image_column])
             self._cache[key] = table[self.image_column]

@@ -1,9 +1,10 @@
 """Tracking: metrics.jsonl and MLflow.
 
 `metrics.jsonl` is the record; MLflow gets a copy from a thread of its own, so that a slow or dead
-tracking server never holds up a step. Surprising: the driver opens and closes the MLflow run, worker
-0 only writes into it. So one run survives restarts of workers, and its end status is the driver's.
-mlflow is imported where it is used: it takes seconds, which worker 0 spends in the background.
+tracking server never holds up a step. Surprising: the driver opens and closes the MLflow run,
+worker 0 only writes into it. So one run survives restarts of workers, and its end status is the
+driver's. mlflow is imported where it is used: it takes seconds, which worker 0 spends in the
+background.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _MAX_PARAM_CHARS = 6000  # MLflow's own limit on parameter values
 _DELIVERY_TIMEOUT_S = 60.0
+_SYSTEM_METRICS_S = 5.0
+_RETRY_S = 2.0
 
 
 def default_tracking_uri(storage_path: Path) -> str:
@@ -74,14 +77,18 @@ def open_run(
     return str(run_id)
 
 
-def close_run(uri: str, run_id: str, status: str, files: list[Path]) -> None:
-    """Log last files and end the run as FINISHED, FAILED or KILLED."""
+def close_run(
+    uri: str, run_id: str, status: str, files: list[Path], checkpoint: Path | None = None
+) -> None:
+    """Log last files and a checkpoint folder; end the run as FINISHED, FAILED or KILLED."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
     for file in files:
         if file.is_file():
             client.log_artifact(run_id, str(file))
+    if checkpoint is not None:
+        client.log_artifacts(run_id, str(checkpoint), f"checkpoints/{checkpoint.name}")
     client.set_terminated(run_id, status=status)
 
 
@@ -121,7 +128,7 @@ class Tracker:
         return path
 
     def log_artifact(self, path: Path, artifact_folder: str) -> None:
-        """Copy a file or a folder to the run's artifacts, in the background."""
+        """Copy a file to the run's artifacts, in the background."""
         self._mlflow.log_artifact(path, artifact_folder)
 
     def close(self) -> None:
@@ -170,10 +177,7 @@ class _MlflowThread:
 
     def log_artifact(self, path: Path, artifact_folder: str) -> None:
         def deliver(client: MlflowClient) -> None:
-            if path.is_dir():
-                client.log_artifacts(self._run_id, str(path), f"{artifact_folder}/{path.name}")
-            else:
-                client.log_artifact(self._run_id, str(path), artifact_folder)
+            client.log_artifact(self._run_id, str(path), artifact_folder)
 
         self._queue.put(deliver)
 
@@ -208,7 +212,7 @@ class _MlflowThread:
                         has_warned = True
                     if isinstance(error, FileNotFoundError) or time.monotonic() > self._stop_by:
                         break
-                    time.sleep(2.0)
+                    time.sleep(_RETRY_S)
         if monitor is not None:
             monitor.finish()
 
@@ -216,7 +220,10 @@ class _MlflowThread:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = SystemMetricsMonitor(
-            self._run_id, sampling_interval=5, resume_logging=True, tracking_uri=self._uri
+            self._run_id,
+            sampling_interval=_SYSTEM_METRICS_S,
+            resume_logging=True,
+            tracking_uri=self._uri,
         )
         monitor.start()
         return monitor

@@ -1,8 +1,8 @@
 """Ray Train wiring: from a config to a finished run.
 
 `run_pretraining` is the driver: it checks everything a user can get wrong, opens the MLflow run,
-starts a `TorchTrainer`, shows progress, and closes the run with the right status. `_train_worker` is
-what each training worker executes: it connects data, loop, checkpoints and tracking.
+starts a `TorchTrainer`, shows progress, and closes the run with the right status. What
+each worker then executes is in `train_worker.py`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,19 @@ import ray.train
 import ray.train.torch
 
 from pipeline import tracking
-from pipeline.checkpoint import Checkpointer
 from pipeline.cluster import REPO_ROOT, cluster
 from pipeline.config import (
     PretrainConfig,
     apply_overrides,
-    config_from_dict,
-    config_hash,
     config_to_dict,
     flatten_config,
 )
-from pipeline.data import SampleFactory, TrainingBatches, probe
-from pipeline.pretrain import Hooks, NonFiniteLossError, TooManyBadImagesError, Worker, pretrain
-from pipeline.progress import ProgressBoard, ProgressDisplay
+from pipeline.data import probe
+from pipeline.progress import ProgressDisplay, create_board
 from pipeline.reproducibility import environment, git_commit
 from pipeline.run_folder import RunFolder
 from pipeline.sources import build_index
+from pipeline.train_worker import run_checkpointer, train_worker
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.25
@@ -73,9 +70,9 @@ class DataSets:
 class _Trainer(ray.train.torch.TorchTrainer):
     """TorchTrainer that does not idle for 12 seconds at its end.
 
-    Ray 2.60's cleaner of placement groups waits for a thread that in turn waits for the cleaner, until
-    a time-out with no public setting. This shortens the time-out where it exists, and is otherwise
-    the plain trainer.
+    Ray 2.60's cleaner of placement groups waits for a thread that in turn waits for the cleaner,
+    until a time-out with no public setting. This shortens the time-out where it exists, and is
+    otherwise the plain trainer.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -113,6 +110,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
     folder.update_state(mlflow_run_id=run_id, status="RUNNING")
     logger.info(describe(config, data))
 
+    checkpoints = run_checkpointer(config, folder)
     status, start = "FAILED", time.time()
     try:
         with cluster(config):
@@ -120,7 +118,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
         if outcome["is_stopped"]:
             raise KeyboardInterrupt
         summary = _summarise(config, data, outcome, run_id, wall_s=time.time() - start)
-        checkpoint = _checkpointer(config, folder).latest()
+        checkpoint = checkpoints.latest()
         assert checkpoint is not None, "the last step always writes a checkpoint"
         folder.finish(summary, checkpoint)
         status = "FINISHED"
@@ -129,7 +127,8 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
         raise
     finally:
         folder.update_state(status=status)
-        tracking.close_run(uri, run_id, status, folder.files_for_artifacts())
+        newest = checkpoints.latest() if config.tracking.checkpoint_artifact else None
+        tracking.close_run(uri, run_id, status, folder.files_for_artifacts(), newest)
     return summary
 
 
@@ -154,7 +153,7 @@ def _fit(
     config: PretrainConfig, data: DataSets, folder: RunFolder, uri: str, run_id: str
 ) -> dict[str, Any]:
     """Fit in a thread, so that this one can show progress and take Ctrl-C."""
-    board = ProgressBoard.remote()
+    board = create_board()
     # Workers run in a folder of Ray's, so relative paths end here.
     absolute = apply_overrides(config, {"run.storage_path": str(folder.storage_path)})
     job = {
@@ -166,7 +165,7 @@ def _fit(
         "board": board,
     }
     trainer = _Trainer(
-        _train_worker,
+        train_worker,
         train_loop_config=job,
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.scaling.num_workers,
@@ -195,8 +194,8 @@ def _fit(
         _follow(thread, board, display)
     if "error" in result:
         raise RunFailedError(
-            f"run '{config.run.name}' failed: {_root_cause(result['error'])}\nits newest checkpoint is "
-            f"kept under {folder.checkpoints}; the same command resumes it"
+            f"run '{config.run.name}' failed: {_root_cause(result['error'])}\nits newest "
+            f"checkpoint is kept under {folder.checkpoints}; the same command resumes it"
         ) from result["error"]
     outcome: dict[str, Any] = result["outcome"]
     if "error" in outcome:
@@ -237,80 +236,6 @@ def _root_cause(error: BaseException) -> str:
     while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
         error = cause
     return f"{type(error).__name__}: {error}"
-
-
-def _checkpointer(config: PretrainConfig, folder: RunFolder) -> Checkpointer:
-    facts = {
-        "model": config.model.name,
-        "image_size": str(config.data.image_size),
-        "run": config.run.name,
-        "config_hash": config_hash(config),
-    }
-    return Checkpointer(folder.checkpoints, keep=config.run.keep_checkpoints, facts=facts)
-
-
-def _train_worker(job: dict[str, Any]) -> dict[str, Any]:
-    """What every training worker runs; worker 0's result becomes the run's."""
-    config = config_from_dict(PretrainConfig, job["config"])
-    context = ray.train.get_context()
-    worker = Worker(
-        context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
-    )
-    folder = RunFolder(config)
-    num_steps = config.num_steps(job["num_samples"])
-    trackers: list[tracking.Tracker] = []
-    answers: list[ray.ObjectRef] = []
-
-    def on_start(step: int) -> None:
-        if worker.is_rank_zero:
-            system_metrics = config.tracking.system_metrics
-            trackers.append(
-                tracking.Tracker(
-                    folder.path, **job["mlflow"], start_step=step, system_metrics=system_metrics
-                )
-            )
-
-    def on_metrics(step: int, metrics: dict[str, float]) -> bool:
-        trackers[0].log(step, metrics)
-        answers.append(job["board"].post.remote(step, metrics))
-        # The answer to the previous post is there by now: no waiting for the driver.
-        return bool(ray.get(answers.pop(0))) if len(answers) > 1 else False
-
-    def on_checkpoint(step: int, metrics: dict[str, float]) -> None:
-        ray.train.report({"step": step, **metrics})
-
-    def batches_from(step: int) -> TrainingBatches:
-        return TrainingBatches(
-            config,
-            job["train_index"][0],
-            rank=worker.rank,
-            start_step=step,
-            num_steps=num_steps,
-        )
-
-    held_out = SampleFactory.build(config, ray.get(job["val_index"][0]))
-    try:
-        outcome = pretrain(
-            config,
-            num_samples=job["num_samples"],
-            batches_from=batches_from,
-            evaluation_batch=held_out.evaluation_batch(worker.rank, worker.world_size),
-            checkpointer=_checkpointer(config, folder),
-            worker=worker,
-            hooks=Hooks(
-                on_start=on_start,
-                on_metrics=on_metrics,
-                on_picture=lambda step, png: trackers[0].log_picture(step, png) and None,
-                on_checkpoint=on_checkpoint,
-            ),
-        )
-    except (NonFiniteLossError, TooManyBadImagesError) as error:
-        # Every worker raises it at the same step and would again: nothing to restart for.
-        return {"error": f"{error}"}
-    finally:
-        for tracker in trackers:
-            tracker.close()
-    return outcome
 
 
 def _summarise(

@@ -29,9 +29,9 @@ def decode_image(encoded: bytes) -> Image.Image:
         BadImageError: truncated, corrupt, not an image, or a decompression bomb.
     """
     try:
-        image = Image.open(io.BytesIO(encoded))
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        file = Image.open(io.BytesIO(encoded))
+        file.load()
+        image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):  # 16- or 32-bit grey: RGB conversion would clip at 255
             grey = np.asarray(image).astype(np.float32)
             scale = 255 / 65535 if grey.max() > 255 else 1.0

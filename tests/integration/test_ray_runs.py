@@ -1,0 +1,188 @@
+"""Whole runs on the session's Ray cluster: worker counts, resume, worker loss, artifacts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from mlflow import MlflowClient
+from safetensors import safe_open
+
+from models.itpn import create_itpn
+from models.weights import load_weights
+from pipeline.config import PretrainConfig, apply_overrides, config_to_dict
+from pipeline.data import SampleFactory, TrainingBatches
+from pipeline.sampling import step_positions
+from pipeline.sources import build_index
+from pipeline.tracking import default_tracking_uri
+from pipeline.trainer import RunFailedError, run_pretraining
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+def read_metrics(run_path: Path) -> dict[int, dict[str, float]]:
+    lines = (run_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["step"] for r in records] == sorted({r["step"] for r in records}), "no step twice"
+    return {r["step"]: r for r in records}
+
+
+@pytest.fixture(scope="module")
+def finished(
+    image_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, tuple[PretrainConfig, dict[str, Any]]]:
+    """The debug recipe for 20 steps with 1 x 16 and with 2 x 8, both under one storage path."""
+    from pipeline.recipes import debug
+
+    storage = tmp_path_factory.mktemp("storage")
+    runs = {}
+    for workers in (1, 2):
+        config = apply_overrides(
+            debug(),
+            {
+                "data.path": str(image_folder),
+                "run.storage_path": str(storage),
+                "run.name": f"workers-{workers}",
+                "scaling.num_workers": workers,
+                "tracking.system_metrics": workers == 2,
+            },
+        )
+        runs[workers] = (config, run_pretraining(config))
+    return runs
+
+
+def run_path(config: PretrainConfig) -> Path:
+    return Path(config.run.storage_path) / config.run.name
+
+
+def test_one_worker_and_two_give_the_same_losses_over_20_steps(finished: dict[int, Any]):
+    one, two = (read_metrics(run_path(finished[w][0])) for w in (1, 2))
+    assert list(one) == list(two) == list(range(1, 21))
+    for step in one:
+        for key in (k for k in one[step] if k.startswith(("train/loss", "val/"))):
+            assert one[step][key] == pytest.approx(two[step][key], rel=1e-4), (step, key)
+
+
+def test_the_run_folder_holds_what_the_readme_promises(finished: dict[int, Any]):
+    config, summary = finished[1]
+    path = run_path(config)
+    assert json.loads((path / "config.json").read_text()) == config_to_dict(config)
+    stored = json.loads((path / "summary.json").read_text())
+    assert stored == summary
+    assert stored["steps"] == 20
+    assert stored["images_per_s"] > 0 and 0 <= stored["data_wait_frac"] <= 1
+    assert stored["mim_loss_over_baseline"] > 0 and stored["mfm_loss_over_baseline"] > 0
+    assert [p.name for p in (path / "reconstructions").iterdir()] == ["step_00000020.png"]
+    with safe_open(path / "encoder.safetensors", "pt") as file:
+        assert file.metadata()["model"] == "itpn_debug" and file.metadata()["step"] == "20"
+    report = load_weights(create_itpn("itpn_debug"), path / "encoder.safetensors")
+    assert not report.new and not report.dropped
+
+
+def test_mlflow_holds_params_metrics_pictures_checkpoints_and_a_finished_status(
+    finished: dict[int, Any],
+):
+    config, summary = finished[2]
+    client = MlflowClient(default_tracking_uri(Path(config.run.storage_path)))
+    run = client.get_run(summary["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.name"] == "itpn_debug"
+    assert run.data.params["scaling.num_workers"] == "2"
+    assert run.data.tags["torch"] and run.data.tags["git_commit"]
+    history = client.get_metric_history(summary["mlflow_run_id"], "train/loss_mfm8")
+    logged = {m.step: m.value for m in history}
+    written = {s: r["train/loss_mfm8"] for s, r in read_metrics(run_path(config)).items()}
+    assert len(history) == 20 and logged == written
+    artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert {"config.json", "encoder.safetensors", "summary.json", "checkpoints"} <= artifacts
+    pictures = client.list_artifacts(run.info.run_id, "reconstructions")
+    assert [p.path for p in pictures] == ["reconstructions/step_00000020.png"]
+    assert len(client.search_runs([run.info.experiment_id])) == 2, "one MLflow run per run"
+
+
+def test_workers_together_see_exactly_the_samples_crops_and_masks_of_one(
+    debug_config: PretrainConfig,
+):
+    index = build_index(debug_config.data.path)
+    index_ref = ray.put(index)
+    factory = SampleFactory.build(debug_config, index)
+    batches: dict[int, dict[int, bytes]] = {}
+    for workers in (1, 2, 4):
+        config = apply_overrides(debug_config, {"scaling.num_workers": workers})
+        seen = batches[workers] = {}
+        for rank in range(workers):
+            source = TrainingBatches(config, index_ref, rank=rank, start_step=3, num_steps=8)
+            for batch in source:
+                for i, position in enumerate(batch["position"].tolist()):
+                    seen[position] = batch["image"][i].tobytes() + batch["mask"][i].tobytes()
+    assert batches[1] == batches[2] == batches[4]
+    wanted = [p for s in range(3, 8) for p in step_positions(s, global_batch_size=16).tolist()]
+    assert sorted(batches[1]) == wanted, "starts at step 3 without replay, ends with the run"
+    direct = factory.batch(np.array(wanted[:16]))
+    for i, position in enumerate(wanted[:16]):
+        expected = direct["image"][i].tobytes() + direct["mask"][i].tobytes()
+        assert batches[1][position] == expected
+
+
+def test_a_finished_run_is_not_overwritten(finished: dict[int, Any]):
+    config, _ = finished[1]
+    before = (run_path(config) / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"run.name='workers-1' is finished .* another name"):
+        run_pretraining(config)
+    assert (run_path(config) / "metrics.jsonl").read_text() == before
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(
+    debug_config: PretrainConfig, finished: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """SIGKILL to worker 0 at step 13, once: the run restarts from step 10 and ends the same."""
+    marker = Path(debug_config.run.storage_path).parent / "killed"
+    monkeypatch.setattr("pipeline.trainer.train_worker", _killed_once(str(marker)))
+    summary = run_pretraining(debug_config)
+    assert marker.exists() and summary["steps"] == 20
+    ours, whole = read_metrics(run_path(debug_config)), read_metrics(run_path(finished[1][0]))
+    for step, record in whole.items():
+        for key in (k for k in record if k.startswith(("train/", "val/", "optim/"))):
+            assert ours[step][key] == record[key], (step, key, "bit for bit")
+    client = MlflowClient(default_tracking_uri(Path(debug_config.run.storage_path)))
+    history = client.get_metric_history(summary["mlflow_run_id"], "train/loss")
+    assert sorted(m.step for m in history) == list(range(1, 21)), "none lost, none doubled"
+
+
+def _killed_once(marker: str):
+    def worker(job: dict[str, Any]) -> dict[str, Any]:
+        from pipeline import tracking, train_worker
+
+        log = tracking.Tracker.log
+
+        def log_or_die(self: Any, step: int, metrics: dict[str, float]) -> None:
+            log(self, step, metrics)
+            if step == 13 and not os.path.exists(marker):
+                open(marker, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        tracking.Tracker.log = log_or_die  # type: ignore[method-assign]
+        return train_worker.train_worker(job)
+
+    return worker
+
+
+def test_a_crash_in_the_loop_is_reported_with_its_own_message(
+    debug_config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(job: dict[str, Any]) -> None:
+        raise RuntimeError("the disk under the worker is gone")
+
+    monkeypatch.setattr("pipeline.trainer.train_worker", broken)
+    config = apply_overrides(debug_config, {"run.max_failures": 0})
+    with pytest.raises(RunFailedError, match=r"RuntimeError: the disk under the worker is gone"):
+        run_pretraining(config)
+    state = json.loads((run_path(config) / "state.json").read_text())
+    client = MlflowClient(default_tracking_uri(Path(config.run.storage_path)))
+    assert state["status"] == client.get_run(state["mlflow_run_id"]).info.status == "FAILED"

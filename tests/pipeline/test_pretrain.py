@@ -1,0 +1,199 @@
+"""The loop: exact resume, accumulation, guards, and that it learns."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.checkpoint import load_state
+from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.data import Batch
+from pipeline.pretrain import NonFiniteLossError, TooManyBadImagesError, TrainState
+from tests.pipeline.loop import LocalRun
+
+
+def assert_same_state(left: object, right: object, where: str = "state") -> None:
+    """Bit-for-bit equality of nested tensors and plain data."""
+    assert type(left) is type(right), where
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert list(left) == list(right), where
+        for key in left:
+            assert_same_state(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), where
+        for i, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same_state(a, b, f"{where}[{i}]")
+    else:
+        assert left == right, where
+
+
+def test_a_run_killed_twice_in_mid_epoch_ends_bit_for_bit_like_an_uninterrupted_one(
+    debug_config: PretrainConfig, tmp_path: Path
+):
+    config = apply_overrides(debug_config, {"run.checkpoint_every_steps": 3, "optim.num_steps": 10})
+    whole = LocalRun(config, tmp_path / "whole")
+    whole()
+
+    class KilledError(Exception):
+        pass
+
+    def kill_at(step_to_die: int):
+        def change(step: int, batch: Batch) -> Batch:
+            if step == step_to_die:
+                raise KilledError
+            return batch
+
+        return change
+
+    folder = tmp_path / "killed"
+    history: dict[int, dict[str, float]] = {}
+    starts = []
+    for step_to_die in (4, 8, -1):  # 16-image steps over 24 images: both are in mid-epoch
+        run = LocalRun(config, folder, change_batch=kill_at(step_to_die))
+        if step_to_die >= 0:
+            with pytest.raises(KilledError):
+                run()
+        else:
+            run()
+        starts.append(run.started_at)
+        history |= run.history()
+    assert starts == [0, 3, 6]
+    assert history == whole.history()
+    final = [load_state(r.checkpointer.latest()) for r in (whole, run)]
+    assert_same_state(*final)
+
+
+def test_a_stop_saves_and_the_next_run_goes_on_from_there(
+    debug_config: PretrainConfig, tmp_path: Path
+):
+    config = apply_overrides(debug_config, {"optim.num_steps": 8})
+    stopped = LocalRun(config, tmp_path, stop_at=5)
+    assert stopped()["is_stopped"]
+    resumed = LocalRun(config, tmp_path)
+    summary = resumed()
+    assert resumed.started_at == 5
+    assert summary["steps"] == 8 and not summary["is_stopped"]
+    batch = config.data.global_batch_size
+    assert stopped.seen[: 5 * batch] + resumed.seen == list(range(8 * batch)), "no sample replayed"
+
+
+def test_accumulating_micro_batches_equals_one_large_batch(
+    debug_config: PretrainConfig, tmp_path: Path
+):
+    runs = []
+    for micro in (16, 4):
+        config = apply_overrides(
+            debug_config,
+            {"scaling.max_batch_size_per_worker": micro, "optim.num_steps": 6},
+        )
+        runs.append(LocalRun(config, tmp_path / str(micro)))
+        runs[-1]()
+    for step in range(1, 7):
+        for key in ("train/loss", "train/loss_mim", "train/loss_mfm16", "train/grad_norm"):
+            pair = [run.records[step][key] for run in runs]
+            # float32 sums in another order; AdamW amplifies the difference a little at each step
+            assert pair[0] == pytest.approx(pair[1], rel=1e-4), (step, key)
+
+
+def test_a_nan_loss_stops_before_the_update_and_names_step_and_last_loss(
+    debug_config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = apply_overrides(debug_config, {"run.checkpoint_every_steps": 3})
+    states: list[TrainState] = []
+    build = TrainState.build.__func__
+
+    def remember(cls, *args):
+        states.append(build(cls, *args))
+        return states[-1]
+
+    monkeypatch.setattr(TrainState, "build", classmethod(remember))
+    weights: dict[str, torch.Tensor] = {}
+
+    def poison(step: int, batch: Batch) -> Batch:
+        if step == 4:
+            model = states[-1].model
+            weights.update({k: v.clone() for k, v in model.state_dict().items()})
+            model.mim.pred.register_forward_hook(lambda *args: args[-1] * float("nan"))
+        return batch
+
+    run = LocalRun(config, tmp_path, change_batch=poison)
+    with pytest.raises(NonFiniteLossError, match=r"step 5: loss nan .* before the update") as error:
+        run()
+    assert f"last logged loss {run.records[4]['train/loss']:.6g}" in str(error.value)
+    after = states[-1].model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in weights.items())
+    assert load_state(run.checkpointer.latest())["step"] == 3, "the last good checkpoint is kept"
+
+
+def test_unreadable_images_are_counted_and_stop_the_run_above_the_limit(
+    debug_config: PretrainConfig, image_folder: Path, tmp_path: Path
+):
+    folder = tmp_path / "with_bad"
+    shutil.copytree(image_folder, folder)
+    (folder / "broken_1.jpg").write_bytes(b"not a jpeg")
+    one_bad = apply_overrides(debug_config, {"data.path": str(folder), "optim.num_steps": 4})
+    run = LocalRun(one_bad, tmp_path / "one")
+    summary = run()
+    assert run.records[4]["data/bad_images"] == 1
+    assert len(summary["bad_rows"]) == 1
+
+    (folder / "broken_2.jpg").write_bytes(b"")
+    with pytest.raises(
+        TooManyBadImagesError, match=r"2 of 26 images .* data.max_bad_fraction=0.01"
+    ):
+        LocalRun(one_bad, tmp_path / "two")()
+
+
+def test_training_beats_the_trivial_predictors_on_gradients(
+    debug_config: PretrainConfig, tmp_path: Path
+):
+    """Colour ramps: hidden patches follow from visible ones, but from no average."""
+    folder = tmp_path / "ramps"
+    folder.mkdir()
+    for i in range(32):
+        left, right = np.random.default_rng(i).integers(0, 256, (2, 3))
+        ramp = np.linspace(left, right, 64).astype(np.uint8)  # (64, 3)
+        Image.fromarray(np.tile(ramp, (64, 1, 1))).save(folder / f"{i}.png")
+    config = apply_overrides(
+        debug_config,
+        {
+            "data.path": str(folder),
+            "data.crop_scale": [0.9, 1.0],
+            "model.name": "itpn_nano_patch16_224",
+            "optim.lr": 3e-3,
+            "optim.num_steps": 200,
+            **{f"run.{k}_every_steps": 200 for k in ("log", "evaluate", "checkpoint", "picture")},
+        },
+    )
+    run = LocalRun(config, tmp_path / "run")
+    metrics = run()["metrics"]
+    assert metrics["val/mim_loss_over_baseline"] < 0.75
+    assert metrics["val/mfm_loss_over_baseline"] < 0.9
+    assert run.pictures[200].startswith(b"\x89PNG")
+
+
+def test_without_mfm_there_is_no_teacher_and_no_feature_metric(
+    debug_config: PretrainConfig, tmp_path: Path
+):
+    config = apply_overrides(debug_config, {"objective.mfm_weight": 0.0, "optim.num_steps": 2})
+    run = LocalRun(config, tmp_path)
+    run()
+    assert load_state(run.checkpointer.latest())["teacher"] == {}
+    assert not [key for key in run.records[2] if "mfm" in key or "teacher" in key]
+    assert run.records[2]["train/loss"] == run.records[2]["train/loss_mim"]
+
+
+def test_the_loop_sees_every_position_once_and_in_order(
+    debug_config: PretrainConfig, tmp_path: Path
+):
+    config = apply_overrides(debug_config, {"optim.num_steps": 5})
+    run = LocalRun(config, tmp_path)
+    run()
+    assert np.array_equal(run.seen[: 5 * 16], np.arange(5 * 16))
