@@ -33,7 +33,7 @@ from pipeline.pictures import reconstruction_picture
 from pipeline.schedules import teacher_momentum, warmup_cosine
 
 Batch = dict[str, NDArray[Any]]
-_PICTURE_ROWS = 6
+_PICTURE_ROWS = 8
 
 
 class NonFiniteLossError(ArithmeticError):

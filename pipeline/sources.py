@@ -23,11 +23,12 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 _CACHED_ROW_GROUPS = 4
 
 
-def build_index(path: str) -> pa.Table:
+def build_index(path: str, setting: str = "data.path") -> pa.Table:
     """Index a data set.
 
     Args:
         path: folder of images (recursive), folder of Parquet files, or one Parquet file.
+        setting: the setting the path came from, for error messages.
 
     Returns:
         Table with sample_id (uint64), path (string), row_group and row (int32; -1 for image files),
@@ -40,7 +41,7 @@ def build_index(path: str) -> pa.Table:
     root = Path(path)
     if not root.exists():
         raise FileNotFoundError(
-            f"data.path='{path}' does not exist; give a folder of images or Parquet files"
+            f"{setting}='{path}' does not exist; give a folder of images or Parquet files"
         )
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
     parquet = [p for p in files if p.suffix.lower() in PARQUET_SUFFIXES]
@@ -50,7 +51,7 @@ def build_index(path: str) -> pa.Table:
     images = [p for p in files if p.suffix.lower() in Image.EXTENSION]
     if not images:
         raise ValueError(
-            f"data.path='{path}' holds no image among {len(files)} files; give a folder with files "
+            f"{setting}='{path}' holds no image among {len(files)} files; give a folder with files "
             "Pillow can read (.jpg, .png, .webp, .tif, ...) or with .parquet files"
         )
     return _index_table(
@@ -75,7 +76,7 @@ def _index_parquet(root: Path, files: Sequence[Path]) -> pa.Table:
         row_groups.append(np.repeat(np.arange(len(sizes)), sizes))
         rows += [np.arange(size) for size in sizes]
     if not ids:
-        raise ValueError(f"data.path='{root}': {len(files)} Parquet files hold no rows")
+        raise ValueError(f"{root}: {len(files)} Parquet files hold no rows")
     return _index_table(ids, paths, np.concatenate(row_groups), np.concatenate(rows))
 
 

@@ -109,15 +109,21 @@ class Tracker:
         self.run_dir = run_dir
         self.run_id = run_id
         self._path = run_dir / "metrics.jsonl"
-        _truncate_after(self._path, start_step)
+        kept = _truncate_after(self._path, start_step)
         self._file = self._path.open("a", buffering=1)
         self._mlflow = _MlflowThread(uri, run_id, system_metrics=system_metrics)
+        for record in kept:  # what a killed worker had written but not yet delivered
+            self._deliver(record)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record metrics of a step."""
         record = {"step": step, "time": round(time.time(), 3), **metrics}
         self._file.write(json.dumps(record) + "\n")
-        self._mlflow.log_metrics(step, metrics)
+        self._deliver(record)
+
+    def _deliver(self, record: dict[str, Any]) -> None:
+        metrics = {k: v for k, v in record.items() if k not in ("step", "time")}
+        self._mlflow.log_metrics(record["step"], record["time"], metrics)
 
     def log_picture(self, step: int, png: bytes) -> Path:
         """Save a picture under reconstructions/ and as an artifact."""
@@ -137,13 +143,14 @@ class Tracker:
         self._mlflow.close()
 
 
-def _truncate_after(path: Path, step: int) -> None:
-    """Drop records past a step: the resumed run writes them again."""
+def _truncate_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop records past a step, which the resumed run writes again; returns those kept."""
     if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(f"{line}\n" for line in kept))
+        return []
+    complete = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = [record for record in map(json.loads, complete) if record["step"] <= step]
+    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return kept
 
 
 class _MlflowThread:
@@ -159,18 +166,17 @@ class _MlflowThread:
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         self._thread.start()
 
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        now_ms = int(time.time() * 1000)
-
+    def log_metrics(self, step: int, time_s: float, metrics: dict[str, float]) -> None:
         def deliver(client: MlflowClient) -> None:
             from mlflow.entities import Metric
 
             new = [
-                Metric(key, value, now_ms, step)
+                Metric(key, value, int(time_s * 1000), step)
                 for key, value in metrics.items()
                 if step > self._last_step(client, key)
             ]
-            client.log_batch(self._run_id, metrics=new)
+            if new:
+                client.log_batch(self._run_id, metrics=new)
             self._delivered |= {metric.key: step for metric in new}
 
         self._queue.put(deliver)

@@ -63,7 +63,8 @@ class DataSets:
         """
         train = build_index(config.data.path)
         facts = probe(config, train)
-        val = build_index(config.data.val_path) if config.data.val_path else train
+        val_path = config.data.val_path
+        val = build_index(val_path, "data.val_path") if val_path else train
         return cls(train, val, facts)
 
 
@@ -181,17 +182,19 @@ def _fit(
         ),
     )
     result: dict[str, Any] = {}
+    is_done = threading.Event()
 
     def fit() -> None:
         try:
             result["outcome"] = trainer.fit().return_value
         except BaseException as error:
             result["error"] = error
+        finally:
+            is_done.set()
 
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
+    threading.Thread(target=fit, name="fit", daemon=True).start()
     with ProgressDisplay(config.num_steps(data.train.num_rows)) as display:
-        _follow(thread, board, display)
+        _follow(is_done, board, display)
     if "error" in result:
         raise RunFailedError(
             f"run '{config.run.name}' failed: {_root_cause(result['error'])}\nits newest "
@@ -203,12 +206,12 @@ def _fit(
     return outcome
 
 
-def _follow(thread: threading.Thread, board: Any, display: ProgressDisplay) -> None:
+def _follow(is_done: threading.Event, board: Any, display: ProgressDisplay) -> None:
     """Show progress until the run ends; the first Ctrl-C stops it cleanly, a second at once."""
     deadline: float | None = None
-    while thread.is_alive():
+    while not is_done.is_set():
         try:
-            thread.join(_POLL_S)
+            is_done.wait(_POLL_S)
             for step, metrics in ray.get(board.drain.remote()):
                 display.show(step, metrics)
             if deadline is not None and time.monotonic() > deadline:

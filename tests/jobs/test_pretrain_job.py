@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,12 +96,14 @@ def test_ctrl_c_keeps_a_checkpoint_marks_the_run_killed_and_leaves_no_process(
 
 
 def test_dry_run_reports_and_trains_nothing(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     storage = tmp_path / "runs"
     arguments = ("--data.path", str(image_folder), "--run.storage-path", str(storage))
     assert run_main(monkeypatch, "debug", "--dry-run", *arguments) == 0
-    printed = capfd.readouterr().out
     for part in (
         '"mask_ratio": 0.75',
         "24 images; 24 probed, 0 unreadable",
@@ -110,17 +113,20 @@ def test_dry_run_reports_and_trains_nothing(
         "is writable",
         "nothing was trained",
     ):
-        assert part in printed, part
+        assert part in caplog.text, part
     assert not storage.exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.path", "{missing}"], r"missing' does not exist"),
+        (["--data.path", "{missing}"], r"data.path='.*missing' does not exist"),
         (["--data.path", "{empty}"], r"empty' holds no image among 0 files"),
         (["--data.path", "{broken}"], r"none of 2 probed images can be decoded"),
-        (["--data.path", "{images}", "--data.val-path", "{missing}"], r"does not exist"),
+        (
+            ["--data.path", "{images}", "--data.val-path", "{missing}"],
+            r"data.val_path='.*does not exist",
+        ),
     ],
 )
 def test_bad_data_is_one_clear_line_and_leaves_nothing_behind(
@@ -129,10 +135,8 @@ def test_bad_data_is_one_clear_line_and_leaves_nothing_behind(
     image_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd,
+    caplog: pytest.LogCaptureFixture,
 ):
-    import re
-
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     for name in ("a.jpg", "b.png"):
@@ -142,10 +146,9 @@ def test_bad_data_is_one_clear_line_and_leaves_nothing_behind(
     filled = [argument.format(**places) for argument in arguments]
     storage = tmp_path / "runs"
     status = run_main(monkeypatch, "debug", *filled, "--run.storage-path", str(storage))
-    printed = capfd.readouterr().out
     assert status == 1
-    assert re.search(rf"error: .*{message}", printed), printed
-    assert "Traceback" not in printed
+    assert re.search(rf"error: .*{message}", caplog.text), caplog.text
+    assert "Traceback" not in caplog.text
     assert not storage.exists()
 
 

@@ -58,10 +58,21 @@ def test_a_resumed_run_stays_one_run_with_every_step_once(uri: str, tmp_path: Pa
     assert [a.path for a in client.list_artifacts(run_id)] == ["metrics.jsonl"]
 
 
+def test_records_a_killed_worker_had_not_delivered_are_delivered_on_resume(
+    uri: str, tmp_path: Path
+):
+    run_id = open_run(uri, tmp_path)
+    lines = [{"step": s, "time": 1.0 + s, "train/loss": 0.5 * s} for s in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    tracker(uri, tmp_path, run_id, start_step=2).close()
+    history = MlflowClient(uri).get_metric_history(run_id, "train/loss")
+    assert [(m.step, m.value, m.timestamp) for m in history] == [(1, 0.5, 2000), (2, 1.0, 3000)]
+
+
 def test_half_a_line_left_by_a_kill_is_dropped(uri: str, tmp_path: Path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0, "a": 1}\n{"step": 2, "a"')
     tracker(uri, tmp_path, open_run(uri, tmp_path), start_step=5).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": 1}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "time": 0, "a": 1}\n'
 
 
 def test_a_late_server_loses_nothing_and_never_blocks_the_loop(
