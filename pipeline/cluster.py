@@ -62,11 +62,9 @@ def cluster(config: PretrainConfig) -> Iterator[None]:
     else:
         for key, value in PRIVATE_ENV.items():
             os.environ.setdefault(key, value)
-        num_gpus = config.scaling.num_workers if config.scaling.use_gpu else 0
         ray.init(
             address="local",
             num_cpus=int(-(-needed_cpus(config) // 1)),
-            num_gpus=num_gpus or None,
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,

@@ -247,6 +247,11 @@ class PretrainConfig:
                 f"data.global_batch_size={batch} is not divisible by "
                 f"scaling.num_workers={workers}; use {' or '.join(options)}"
             )
+        if self.data.num_eval_crops < workers:
+            raise ValueError(
+                f"data.num_eval_crops={self.data.num_eval_crops} leaves some of "
+                f"scaling.num_workers={workers} without a crop; use at least {workers}"
+            )
         if self.num_visible < 1:
             raise ValueError(
                 f"objective.mask_ratio={self.objective.mask_ratio} leaves no visible patch of the "

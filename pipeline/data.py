@@ -110,6 +110,17 @@ def _stack(samples: list[dict[str, Any]]) -> Batch:
     return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
+def micro_batches(step: int, config: PretrainConfig, rank: int) -> list[NDArray[np.int64]]:
+    """Stream positions of one worker's micro-batches of a step."""
+    positions = step_positions(
+        step,
+        global_batch_size=config.data.global_batch_size,
+        rank=rank,
+        world_size=config.scaling.num_workers,
+    )
+    return np.split(positions, config.accumulation_steps)
+
+
 class TrainingBatches:
     """Iterates over a worker's micro-batches from a step on, through Ray Data.
 
@@ -142,12 +153,21 @@ class TrainingBatches:
         """Micro-batches of `config.batch_size_per_worker` samples, in order."""
         chunk = self.steps_per_task * _TASKS_PER_DATASET
         for first in range(self.start_step, self.num_steps, chunk):
-            dataset = self._dataset(first, min(first + chunk, self.num_steps))
-            yield from dataset.iter_batches(
+            last = min(first + chunk, self.num_steps)
+            batches = self._dataset(first, last).iter_batches(
                 batch_size=self.config.batch_size_per_worker,
                 prefetch_batches=self.config.data.prefetch_batches,
                 batch_format="numpy",
             )
+            for batch, expected in zip(batches, self._micros(first, last), strict=True):
+                in_order = np.array_equal(batch["position"], expected)
+                assert in_order, f"Ray Data returned {batch['position']} for {expected}"
+                yield batch
+
+    def _micros(self, first: int, last: int) -> Iterator[NDArray[np.int64]]:
+        """Stream positions of the worker's micro-batches of the steps first..last-1."""
+        for step in range(first, last):
+            yield from micro_batches(step, self.config, self.rank)
 
     def _dataset(self, first: int, last: int) -> ray.data.Dataset:
         """Dataset of the steps first..last-1; one read task a few steps."""
@@ -202,14 +222,8 @@ def _load_steps(
     for task in tasks["id"].tolist():
         begin = first + task * steps_per_task
         for step in range(begin, min(begin + steps_per_task, last)):
-            positions = step_positions(
-                step,
-                global_batch_size=config.data.global_batch_size,
-                rank=rank,
-                world_size=config.scaling.num_workers,
-            )
-            for micro in np.split(positions, config.accumulation_steps):
-                yield factory.batch(micro)
+            for positions in micro_batches(step, config, rank):
+                yield factory.batch(positions)
 
 
 @lru_cache(maxsize=2)

@@ -42,7 +42,10 @@ class PretrainEvaluation:
         self.model = model
         self.teacher = teacher
         self.std = torch.tensor(std)
-        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        device = next(model.parameters()).device
+        self.sums: dict[str, Tensor] = defaultdict(
+            lambda: torch.zeros((), dtype=torch.float64, device=device)
+        )
 
     @torch.no_grad()
     def add(self, images: Tensor, mask: Tensor) -> None:
@@ -84,7 +87,7 @@ class PretrainEvaluation:
         self._sum("colour/error", (error.square() * hidden).sum())
 
     def _sum(self, key: str, value: Tensor) -> None:
-        self.sums[key] = self.sums[key].to(value.device) + value.double()
+        self.sums[key] = self.sums[key] + value.to(self.sums[key])
 
     def result(self) -> dict[str, float]:
         """Metrics over all crops of all workers.

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests. The Ray cluster is started once, and only by tests that ask for it."""
+"""Fixtures shared by all tests. The Ray cluster is started once, by the first test that asks."""
 
 from __future__ import annotations
 

@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.checkpoint import Checkpointer
 from pipeline.config import PretrainConfig
-from pipeline.data import Batch, SampleFactory
+from pipeline.data import Batch, SampleFactory, micro_batches
 from pipeline.pretrain import Hooks, pretrain
-from pipeline.sampling import step_positions
 from pipeline.sources import build_index
 
 
@@ -53,8 +50,7 @@ class LocalRun:
     def _batches(self, factory: SampleFactory, start: int) -> Iterator[Batch]:
         step = start
         while True:
-            positions = step_positions(step, global_batch_size=self.config.data.global_batch_size)
-            for micro in np.split(positions, self.config.accumulation_steps):
+            for micro in micro_batches(step, self.config, rank=0):
                 self.seen += micro.tolist()
                 yield self.change_batch(step, factory.batch(micro))
             step += 1

@@ -1,0 +1,178 @@
+"""Checkpoints: written whole, pruned, checked before they are taken, free of code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from models.itpn import create_itpn
+from models.weights import load_weights
+from pipeline.checkpoint import ENCODER_FILE, MANIFEST_FILE, STATE_FILE, Checkpointer, load_state
+from tests.pipeline.samples import debug_networks
+
+
+def make_checkpointer(tmp_path: Path, keep: int = 2) -> Checkpointer:
+    return Checkpointer(tmp_path / "checkpoints", keep=keep, facts={"model": "itpn_debug"})
+
+
+def save(checkpointer: Checkpointer, step: int) -> Path:
+    state = {"step": step, "weights": torch.full((1000,), float(step))}
+    return checkpointer.save(step, state, {"weight": torch.full((1000,), float(step))})
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def names(checkpointer: Checkpointer) -> list[str]:
+    return sorted(path.name for path in checkpointer.folder.iterdir())
+
+
+def test_state_survives_the_trip_through_a_checkpoint(tmp_path: Path) -> None:
+    model, teacher = debug_networks()
+    assert teacher is not None
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state: dict[str, Any] = {
+        "model": model.state_dict(),
+        "teacher": teacher.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": 7,
+        "bad_rows": [1, 5],
+        "torch_rng": torch.get_rng_state(),
+    }
+    checkpointer = make_checkpointer(tmp_path)
+    checkpointer.save(7, state, model.encoder.state_dict())
+    newest = checkpointer.latest()
+    assert newest == tmp_path / "checkpoints" / "step_00000007"
+    torch.testing.assert_close(load_state(newest), state, rtol=0, atol=0)
+
+
+def test_encoder_file_loads_into_an_itpn_and_carries_the_facts(tmp_path: Path) -> None:
+    model, _ = debug_networks()
+    folder = make_checkpointer(tmp_path).save(12, {}, model.encoder.state_dict())
+    encoder = create_itpn("itpn_debug")
+    report = load_weights(encoder, folder / ENCODER_FILE)
+    assert len(report.matched) == len(encoder.state_dict())
+    assert not (report.new or report.dropped or report.resized)
+    for key, tensor in model.encoder.state_dict().items():
+        assert torch.equal(encoder.state_dict()[key], tensor), key
+    with safe_open(folder / ENCODER_FILE, "pt") as file:
+        assert file.metadata() == {"model": "itpn_debug", "step": "12"}
+    assert json.loads((folder / MANIFEST_FILE).read_text())["facts"]["model"] == "itpn_debug"
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    checkpointer = make_checkpointer(tmp_path, keep=2)
+    for step in (5, 20, 100, 1000):
+        save(checkpointer, step)
+    assert names(checkpointer) == ["step_00000100", "step_00001000"]
+
+
+def test_step_written_again_replaces_the_first(tmp_path: Path) -> None:
+    checkpointer = make_checkpointer(tmp_path)
+    truncate(save(checkpointer, 5) / STATE_FILE)
+    save(checkpointer, 5)
+    assert checkpointer.latest() == checkpointer.folder / "step_00000005"
+
+
+@pytest.mark.parametrize("file_name", [STATE_FILE, ENCODER_FILE, MANIFEST_FILE])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, os.remove])
+def test_damaged_checkpoint_is_passed_over_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any, file_name: str
+) -> None:
+    checkpointer = make_checkpointer(tmp_path)
+    older, newer = save(checkpointer, 1), save(checkpointer, 2)
+    damage(newer / file_name)
+    with caplog.at_level(logging.WARNING):
+        assert checkpointer.latest() == older
+    assert f"checkpoint {newer} is passed over: " in caplog.text
+    assert load_state(older)["step"] == 1
+
+
+def test_warning_about_changed_content_does_not_call_equal_sizes_different(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpointer = make_checkpointer(tmp_path)
+    flip_a_bit(save(checkpointer, 1) / STATE_FILE)
+    assert checkpointer.latest() is None
+    assert not re.search(r"has (\d+) bytes, not the \1 written", caplog.text), caplog.text
+
+
+def test_saving_after_falling_back_keeps_the_checkpoint_just_written(tmp_path: Path) -> None:
+    checkpointer = make_checkpointer(tmp_path, keep=1)
+    damaged = save(checkpointer, 30)
+    truncate(damaged / STATE_FILE)
+    written = save(checkpointer, 20)  # the run went on from an older one, and is not at 30 yet
+    assert checkpointer.latest() == written
+
+
+def test_half_written_checkpoint_is_never_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = make_checkpointer(tmp_path)
+    older = save(checkpointer, 1)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipeline.checkpoint.os.replace", killed)
+        save(checkpointer, 2)
+    assert names(checkpointer) == [".partial_00000002", "step_00000001"]
+    assert checkpointer.latest() == older
+    save(checkpointer, 2)  # the same step again, over the remains
+    assert names(checkpointer) == ["step_00000001", "step_00000002"]
+
+
+@pytest.mark.parametrize("is_folder_there", [False, True])
+def test_no_checkpoint_is_none(tmp_path: Path, is_folder_there: bool) -> None:
+    checkpointer = make_checkpointer(tmp_path)
+    if is_folder_there:
+        checkpointer.folder.mkdir()
+    assert checkpointer.latest() is None
+
+
+class Malicious:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.path,)
+
+
+def test_code_in_a_state_file_is_refused_although_the_manifest_vouches_for_it(
+    tmp_path: Path,
+) -> None:
+    checkpointer, trace = make_checkpointer(tmp_path), tmp_path / "trace"
+    folder = save(checkpointer, 1)
+    torch.save({"step": Malicious(str(trace))}, folder / STATE_FILE)
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    content = (folder / STATE_FILE).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    manifest["files"][STATE_FILE] = {"bytes": len(content), "sha256": digest}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    assert checkpointer.latest() == folder
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        load_state(folder)
+    assert not trace.exists()
