@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Torch threads that spin while they wait starve the Ray processes of a small machine.
+export OMP_WAIT_POLICY := passive
 
 .PHONY: install test lint format demo mlflow clean
 

@@ -120,6 +120,8 @@ def create_pretraining_model(
     Raises:
         ValueError: unknown name or an image size that is not a multiple of 16.
     """
+    if mfm_weight < 0:
+        raise ValueError(f"mfm_weight={mfm_weight} must be >= 0; 0 builds no MFM part")
     variant = get_variant(name)
     encoder = create_itpn(name, img_size=img_size or variant.img_size)
     decoder = Decoder(

@@ -122,6 +122,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
         report.new.append(name)
         if _part(key) in file_parts and BIAS_TABLE not in key:
             problems.append(f"missing key {name}")
+    if not loaded and not problems:
+        raise ValueError(f"no weight of {type(model).__name__} among {len(state)} tensors given")
     if problems:
         shown = "\n  ".join(problems[:10]) + ("\n  ..." if len(problems) > 10 else "")
         raise ValueError(
@@ -141,6 +143,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
     state = content.get("model", content)
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
@@ -205,13 +209,17 @@ def _fit(key: str, tensor: Tensor, current: Tensor) -> Tensor | None:
     """The tensor in the target's shape, interpolated where that is meaningful, else None."""
     if tensor.shape == current.shape:
         return tensor
-    if key == "decoder.pos_embed" and tensor.shape[-1] == current.shape[-1]:
+    if tensor.ndim != current.ndim or tensor.shape[-1] != current.shape[-1]:
+        return None
+    rows = tensor.shape[-2]
+    if round(rows**0.5) ** 2 != rows:  # class-token rows, or no table at all
+        return None
+    side = round(current.shape[-2] ** 0.5)
+    if key == "decoder.pos_embed":
         return current.clone()  # fixed sin-cos: the target grid's own table
-    if key == "encoder.backbone.pos_embed" and tensor.shape[-1] == current.shape[-1]:
-        side = round(current.shape[1] ** 0.5)
+    if key == "encoder.backbone.pos_embed":
         return resize_pos_embed(tensor.float(), (side, side), "size")
-    if key.endswith(BIAS_TABLE) and tensor.shape[-1] == current.shape[-1]:
-        side = round(current.shape[0] ** 0.5)
+    if key.endswith(BIAS_TABLE):
         window = ((side + 1) // 2, (side + 1) // 2)
         return resize_rel_pos_bias_table_simple(tensor.float(), window, tuple(current.shape))
     return None

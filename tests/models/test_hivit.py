@@ -68,6 +68,16 @@ def test_pyramid_of_some_tokens_is_the_dense_pyramid_at_those_tokens():
         torch.testing.assert_close(some[stride], expected, atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize(("level", "stages"), [(16, {16}), (8, {8, 16}), (4, {4, 8, 16})])
+def test_each_pyramid_level_learns_from_its_own_stage_and_every_coarser_one(
+    level: int, stages: set[int]
+):
+    pyramid = tiny.randomize(FeaturePyramid({4: 4, 8: 8, 16: 16}, fpn_dim=8))
+    features = {s: f.detach().requires_grad_() for s, f in tiny.backbone()(tiny.images()).items()}
+    pyramid(features)[level].square().sum().backward()
+    assert {s for s, f in features.items() if f.grad is not None and f.grad.any()} == stages
+
+
 def test_feature_shapes_follow_the_strides():
     features = tiny.backbone()(tiny.images(), torch.tensor([[0, 3, 5], [1, 2, 4]]))
     assert {stride: tuple(f.shape) for stride, f in features.items()} == {
