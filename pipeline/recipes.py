@@ -55,9 +55,9 @@ def demo() -> PretrainConfig:
         run=RunConfig(
             name="demo",
             log_every_steps=10,
-            checkpoint_every_steps=200,
-            evaluate_every_steps=200,
-            picture_every_steps=200,
+            checkpoint_every_steps=150,
+            evaluate_every_steps=150,
+            picture_every_steps=150,
         ),
         data=DataConfig(
             path=f"{DEMO_DATA}/train",
@@ -69,7 +69,7 @@ def demo() -> PretrainConfig:
         ),
         model=ModelConfig(name="itpn_nano_patch16_224"),
         objective=ObjectiveConfig(norm_pix_loss=False, teacher_momentum=0.99),
-        optim=OptimConfig(lr=2e-3, num_steps=600, warmup_ratio=0.05),
+        optim=OptimConfig(lr=2e-3, num_steps=450, warmup_ratio=0.05),
         scaling=ScalingConfig(num_workers=2),
     )
 
