@@ -61,8 +61,11 @@ class Checkpointer:
         (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in self._step_folders()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        folders = self._step_folders()
+        written = folders.index(final)
+        # Later steps are of a future this run did not take (it fell back to an older checkpoint).
+        for stale in (*folders[: max(0, written + 1 - self.keep)], *folders[written + 1 :]):
+            shutil.rmtree(stale, ignore_errors=True)
         return final
 
     def latest(self) -> Path | None:
@@ -95,8 +98,10 @@ def _problem(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         for name, expected in manifest["files"].items():
             found = _fingerprint(folder / name)
-            if found != expected:
+            if found["bytes"] != expected["bytes"]:
                 return f"{name} has {found['bytes']} bytes, not the {expected['bytes']} written"
+            if found != expected:
+                return f"{name} has changed since it was written (sha256)"
     except (OSError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -55,6 +55,8 @@ class RunConfig:
             raise ValueError(
                 f"run.name='{self.name}' must be a plain folder name; use e.g. 'run-1'"
             )
+        if self.seed < 0:
+            raise ValueError(f"run.seed={self.seed} must be 0 or more")
         for key in ("log", "checkpoint", "evaluate", "picture"):
             _require_positive(f"run.{key}_every_steps", getattr(self, f"{key}_every_steps"))
         _require_positive("run.keep_checkpoints", self.keep_checkpoints)
@@ -108,7 +110,12 @@ class DataConfig:
         lo, hi = self.crop_scale
         if not 0 < lo <= hi <= 1:
             raise ValueError(f"data.crop_scale={self.crop_scale} must satisfy 0 < min <= max <= 1")
-        for key in ("global_batch_size", "num_cpus", "num_eval_crops", "prefetch_batches"):
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"data.crop_ratio={self.crop_ratio} must satisfy 0 < min <= max")
+        for key in (
+            *("global_batch_size", "num_cpus", "num_eval_crops"),
+            *("prefetch_batches", "shuffle_window"),
+        ):
             _require_positive(f"data.{key}", getattr(self, key))
 
     @property
@@ -152,6 +159,8 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.mfm_weight={self.mfm_weight} must be >= 0; 0 turns MFM off"
             )
+        _require_choice("objective.mfm_loss", self.mfm_loss, ("mse", "smooth_l1"))
+        _require_choice("objective.teacher_input", self.teacher_input, ("hidden", "full"))
         if not 0 <= self.teacher_momentum <= 1:
             raise ValueError(
                 f"objective.teacher_momentum={self.teacher_momentum} must lie in [0, 1]; use 0.996"
@@ -189,8 +198,9 @@ class OptimConfig:
             )
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"optim.warmup_ratio={self.warmup_ratio} must lie in [0, 1)")
-        _require_positive("optim.lr", 1 if self.lr is None else self.lr)
-        _require_positive("optim.base_lr", self.base_lr)
+        for key in ("lr", "base_lr", "num_epochs", "num_steps"):
+            if (value := getattr(self, key)) is not None:
+                _require_positive(f"optim.{key}", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,6 +304,11 @@ class PretrainConfig:
 def _require_positive(key: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{key}={value} must be greater than 0")
+
+
+def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key}='{value}' must be one of {', '.join(choices)}")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

@@ -33,8 +33,10 @@ def sample_generator(seed: int, epoch: int, sample_id: int, stream: Stream) -> n
         stream: what the numbers are for; streams never share numbers.
     """
     # The counter's low words count the draws; its high words tell epochs and streams apart.
-    counter = [0, 0, _STREAMS[stream], epoch]
-    return np.random.Generator(np.random.Philox(key=[seed, sample_id], counter=counter))
+    # uint64 arrays, because numpy makes a list with an id of 2**63 or more a float and loses bits.
+    counter = np.array([0, 0, _STREAMS[stream], epoch], dtype=np.uint64)
+    key = np.array([seed, sample_id], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def stable_id(text: str) -> int:

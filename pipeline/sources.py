@@ -47,8 +47,8 @@ def build_index(path: str, setting: str = "data.path") -> pa.Table:
     parquet = [p for p in files if p.suffix.lower() in PARQUET_SUFFIXES]
     if parquet:
         return _index_parquet(root, parquet)
-    Image.init()
-    images = [p for p in files if p.suffix.lower() in Image.EXTENSION]
+    readable = _readable_suffixes()
+    images = [p for p in files if p.suffix.lower() in readable]
     if not images:
         raise ValueError(
             f"{setting}='{path}' holds no image among {len(files)} files; give a folder with files "
@@ -60,6 +60,13 @@ def build_index(path: str, setting: str = "data.path") -> pa.Table:
         np.full(len(images), -1),
         np.full(len(images), -1),
     )
+
+
+def _readable_suffixes() -> set[str]:
+    """Suffixes of the formats Pillow can open; some of its formats it can only write."""
+    Image.init()
+    readable = {suffix for suffix, name in Image.EXTENSION.items() if name in Image.OPEN}
+    return readable | {".mpo"}  # opened by the JPEG plugin
 
 
 def _index_parquet(root: Path, files: Sequence[Path]) -> pa.Table:
