@@ -69,7 +69,7 @@ def demo() -> PretrainConfig:
         ),
         model=ModelConfig(name="itpn_nano_patch16_224"),
         objective=ObjectiveConfig(norm_pix_loss=False, teacher_momentum=0.99),
-        optim=OptimConfig(lr=2e-3, num_steps=450, warmup_ratio=0.05, clip_grad_norm=1.0),
+        optim=OptimConfig(lr=2e-3, num_steps=520, warmup_ratio=0.05, clip_grad_norm=1.0),
         scaling=ScalingConfig(num_workers=2),
     )
 
