@@ -208,8 +208,8 @@ def pretrain(
             if record:
                 latest |= record
                 wants_stop = worker.is_rank_zero and hooks.on_metrics(state.step, record)
-                is_stopped = _any_worker(wants_stop, worker)
-                _check_bad_images(latest["data/bad_images"], num_samples, config)
+                is_stopped = _any_worker(wants_stop, worker) and not is_final
+                _check_bad_images(latest.get("data/bad_images", 0), num_samples, config)
             if worker.is_rank_zero and (is_final or state.step % run.picture_every_steps == 0):
                 hooks.on_picture(state.step, draw_picture(state, evaluation_batch, config))
             if is_final or is_stopped or state.step % run.checkpoint_every_steps == 0:
@@ -217,6 +217,8 @@ def pretrain(
                     encoder = state.model.encoder.state_dict()
                     checkpointer.save(state.step, state.state_dict(), encoder)
                 hooks.on_checkpoint(state.step, latest)
+    if not latest:  # killed after the last checkpoint and before the summary: nothing left to train
+        latest |= evaluate(state, evaluation_batch, config, worker.device)
     return {
         "steps": state.step,
         "is_stopped": is_stopped,

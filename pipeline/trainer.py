@@ -1,8 +1,8 @@
 """Ray Train wiring: from a config to a finished run.
 
 `run_pretraining` is the driver: it checks everything a user can get wrong, opens the MLflow run,
-starts a `TorchTrainer`, shows progress, and closes the run with the right status. What
-each worker then executes is in `train_worker.py`.
+starts a `TorchTrainer`, shows progress, and closes the run with the right status. What each worker
+then executes is in `train_worker.py`.
 """
 
 from __future__ import annotations

@@ -84,6 +84,31 @@ def test_a_stop_saves_and_the_next_run_goes_on_from_there(
     assert stopped.seen[: 5 * batch] + resumed.seen == list(range(8 * batch)), "no sample replayed"
 
 
+def test_a_run_killed_after_its_last_checkpoint_still_ends_with_its_results(
+    debug_config: PretrainConfig, tmp_path: Path
+):
+    config = apply_overrides(debug_config, {"optim.num_steps": 3})
+    first = LocalRun(config, tmp_path)()
+    again = LocalRun(config, tmp_path)()
+    assert again["steps"] == 3 and not again["is_stopped"]
+    held_out = {k: v for k, v in first["metrics"].items() if k.startswith("val/")}
+    assert again["metrics"] == held_out and held_out
+
+
+def test_a_stop_asked_for_at_the_last_step_is_a_finished_run(
+    debug_config: PretrainConfig, tmp_path: Path
+):
+    config = apply_overrides(debug_config, {"optim.num_steps": 3})
+    assert not LocalRun(config, tmp_path, stop_at=3)()["is_stopped"]
+
+
+def test_evaluating_before_the_first_log_step_works(debug_config: PretrainConfig, tmp_path: Path):
+    settings = {"run.evaluate_every_steps": 2, "run.log_every_steps": 3, "optim.num_steps": 3}
+    run = LocalRun(apply_overrides(debug_config, settings), tmp_path)
+    run()
+    assert "val/loss_mim" in run.records[2] and "train/loss" not in run.records[2]
+
+
 def test_accumulating_micro_batches_equals_one_large_batch(
     debug_config: PretrainConfig, tmp_path: Path
 ):
