@@ -47,7 +47,7 @@ def is_local(filesystem: fs.FileSystem) -> bool:
 
 
 def list_files(filesystem: fs.FileSystem, path: str) -> list[fs.FileInfo]:
-    """All files below a folder (or the file itself), sorted by path; empty when nothing is there."""
+    """Files below a folder (or the file itself), sorted by path; empty when nothing is there."""
     info = filesystem.get_file_info(path)
     if info.type == fs.FileType.File:
         return [info]
