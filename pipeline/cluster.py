@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,15 +43,26 @@ def needed_cpus(config: PretrainConfig) -> float:
 
 @contextlib.contextmanager
 def cluster(config: PretrainConfig) -> Iterator[None]:
-    """Use the connected cluster, the one of RAY_ADDRESS, or a private local one.
-
-    A private cluster is stopped at the end; one we joined is only left.
+    """Use the connected cluster, the one of RAY_ADDRESS, or a private local one, for a run.
 
     Raises:
         ValueError: the cluster is too small for the run.
     """
-    if ray.is_initialized():
+    with joined_cluster(math.ceil(needed_cpus(config))):
         _check_resources(config)
+        yield
+
+
+@contextlib.contextmanager
+def joined_cluster(private_cpus: int) -> Iterator[None]:
+    """Use the connected cluster, the one of RAY_ADDRESS, or a private local one.
+
+    A private cluster is stopped at the end; one we joined is only left.
+
+    Args:
+        private_cpus: logical CPUs of a private cluster; others have what they have.
+    """
+    if ray.is_initialized():
         yield
         return
     for key, value in QUIET_ENV.items():
@@ -64,7 +76,7 @@ def cluster(config: PretrainConfig) -> Iterator[None]:
             os.environ.setdefault(key, value)
         ray.init(
             address="local",
-            num_cpus=int(-(-needed_cpus(config) // 1)),
+            num_cpus=private_cpus,
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,
@@ -72,7 +84,6 @@ def cluster(config: PretrainConfig) -> Iterator[None]:
             runtime_env=runtime_env,
         )
     try:
-        _check_resources(config)
         yield
     finally:
         ray.shutdown()

@@ -1,0 +1,51 @@
+"""Turn any image source into Parquet shards of encoded images with a manifest.
+
+    python -m jobs.prepare_data --source DIR --out OUT --val-fraction 0.05
+    python -m jobs.prepare_data --source instances_val2017.json --images val2017 --out OUT \\
+        --split-name val
+    ray job submit --working-dir . -- python jobs/prepare_data.py --source s3://... --out s3://...
+
+CPU only. Killed and repeated, the same command goes on where it stopped. Expected at the end: the
+counts of each split, and the command that trains on it. Speed: not yet measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs by its path
+
+import tyro
+
+from pipeline.cli import set_up_logging
+from pipeline.prepare import PreparationFailedError, prepare
+from pipeline.prepare_config import PrepareConfig
+from pipeline.prepare_report import prepare_report
+
+logger = logging.getLogger("jobs.prepare_data")
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    set_up_logging()
+    for name, level in (("", logging.WARNING), ("._internal.progress", logging.ERROR)):
+        logging.getLogger(f"ray.data{name}").setLevel(level)  # our own lines tell the progress
+    for number in (signal.SIGINT, signal.SIGTERM):  # `ray job stop` ends a run like Ctrl-C
+        signal.signal(number, signal.default_int_handler)
+    try:
+        config = tyro.cli(PrepareConfig, prog="python -m jobs.prepare_data", description=__doc__)
+        logger.info(prepare_report(config, prepare(config)))
+    except (ValueError, FileNotFoundError, PreparationFailedError) as error:
+        logger.error("error: %s", error)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted; finished shards are kept, the same command goes on")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
