@@ -119,7 +119,7 @@ def _members(
                         yield member, _label_content(archive, member)
                 end = archive.offset
         except tarfile.TarError as error:
-            raise TruncatedTarError(f"{error}; what could be indexed is used") from error
+            raise TruncatedTarError(f"{error}; what could be indexed is used") from None
         file.seek(min(end, size))
         if file.read(_BLOCK) != bytes(_BLOCK):
             raise TruncatedTarError(

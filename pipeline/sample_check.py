@@ -117,7 +117,8 @@ def _decode_mask(encoded: bytes) -> tuple[NDArray[Any], str]:
             mode = image.mode
             ids = np.asarray(image)
     except Exception as error:  # Pillow raises anything from OSError to SyntaxError
-        raise BadMaskError(f"the mask is no whole PNG: {error}") from error
+        # Not `from error`: the quarantine would then quote the cause, which does not say "mask".
+        raise BadMaskError(f"the mask is no whole PNG: {error}") from None
     if mode not in _MASK_MODES:
         raise BadMaskError(
             f"the mask is a colour PNG (mode {mode}); class ids need a grey or palette PNG"

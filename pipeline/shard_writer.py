@@ -96,7 +96,7 @@ def _read_mask(filesystem: fs.FileSystem, root: str, path: str) -> bytes:
     try:
         return storage.read_bytes(filesystem, f"{root}/{path}")
     except storage.ABSENT_ERRORS as error:
-        raise BadMaskError(f"no mask for this image: {error}") from error
+        raise BadMaskError(f"no mask for this image: {error}") from None
 
 
 def _write(filesystem: fs.FileSystem, path: str, file_name: str, table: pa.Table) -> Shard:
