@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.hivit import STRIDES
 from models.layers import CELLS, init_linear_and_norm
+from models.mim import weighted_mean
 from models.tokens import gather_tokens
 
 MFMLoss = Literal["mse", "smooth_l1"]
@@ -58,7 +59,11 @@ class MaskedFeatureModeling(nn.Module):
         }
 
     def losses(
-        self, latent: Tensor, teacher_features: dict[int, Tensor], ids_masked: Tensor
+        self,
+        latent: Tensor,
+        teacher_features: dict[int, Tensor],
+        ids_masked: Tensor,
+        weight: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """Regression loss of each stage, float32 scalars.
 
@@ -66,11 +71,14 @@ class MaskedFeatureModeling(nn.Module):
             latent: (B, N, D) decoder output.
             teacher_features: {stride: (B, M, c, c, d)} at the masked positions, any scale.
             ids_masked: (B, M) raster indices of the masked patches.
+            weight: (B,) factors of the images' losses; None for ones.
         """
         loss_fn = F.mse_loss if self.loss_type == "mse" else F.smooth_l1_loss
         predictions = self(gather_tokens(latent, ids_masked))
         targets = normalize_features(teacher_features)
-        return {s: loss_fn(predictions[s].float(), targets[s]) for s in STRIDES}
+        return {
+            s: weighted_mean(loss_fn, predictions[s].float(), targets[s], weight) for s in STRIDES
+        }
 
 
 def normalize_features(features: dict[int, Tensor]) -> dict[int, Tensor]:

@@ -8,6 +8,8 @@ The surprising fact: per-patch normalisation divides by the *unbiased* standard 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,16 +54,33 @@ class MaskedImageModeling(nn.Module):
         """Decoder tokens (..., D) -> pixels (..., P*P*C)."""
         return self.pred(latent)
 
-    def loss(self, latent: Tensor, images: Tensor, ids_masked: Tensor) -> Tensor:
+    def loss(
+        self, latent: Tensor, images: Tensor, ids_masked: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
         """Mean squared error over the masked patches, a float32 scalar.
 
         Args:
             latent: (B, N, D) decoder output.
             images: (B, C, H, W), normalised.
             ids_masked: (B, M) raster indices of the masked patches.
+            weight: (B,) factors of the images' losses; None for ones.
         """
         pred = self(gather_tokens(latent, ids_masked)).float()  # (B, M, P*P*C)
-        return F.mse_loss(pred, gather_tokens(self.targets(images), ids_masked))
+        target = gather_tokens(self.targets(images), ids_masked)
+        return weighted_mean(F.mse_loss, pred, target, weight)
+
+
+def weighted_mean(
+    loss_fn: Callable[..., Tensor], pred: Tensor, target: Tensor, weight: Tensor | None
+) -> Tensor:
+    """Mean of an elementwise loss of (B, ...) tensors, each image times its weight (B,).
+
+    The divisor counts every image: one of weight 0 adds nothing and leaves the others as they are.
+    """
+    if weight is None:
+        return loss_fn(pred, target)
+    by_image = loss_fn(pred, target, reduction="none").flatten(1).mean(1)  # (B,)
+    return (by_image * weight).mean()
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

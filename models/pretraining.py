@@ -72,6 +72,7 @@ class PretrainingModel(nn.Module):
         mask: Tensor,
         teacher_features: dict[int, Tensor] | None = None,
         num_visible: int | None = None,
+        weight: Tensor | None = None,
     ) -> PretrainLosses:
         """Losses of a batch.
 
@@ -81,14 +82,15 @@ class PretrainingModel(nn.Module):
             teacher_features: {stride: (B, M, c, c, d)} at the masked positions in raster order;
                 needed exactly when the model has an MFM part.
             num_visible: visible patches per image; None counts them in the mask.
+            weight: (B,) factors of the images' losses, 0 leaves an image out; None for ones.
         """
         ids_visible, ids_masked = split_tokens(mask, num_visible)
         latent = self.decoder(self.encoder(images, ids_visible).pyramid, ids_visible)  # (B, N, D)
-        mim = self.mim.loss(latent, images, ids_masked)
+        mim = self.mim.loss(latent, images, ids_masked, weight)
         if self.mfm is None:
             return PretrainLosses(mim, mim, {})
         assert teacher_features is not None, "a model with MFM needs teacher_features"
-        mfm = self.mfm.losses(latent, teacher_features, ids_masked)
+        mfm = self.mfm.losses(latent, teacher_features, ids_masked, weight)
         total = mim + self.mfm_weight * (mfm[4] + mfm[8] + mfm[16])
         return PretrainLosses(total, mim, mfm)
 

@@ -67,11 +67,13 @@ class DataConfig:
     """Images and how a sample is made of them."""
 
     path: str
-    """Folder of images (searched recursively), or Parquet file(s) of encoded images."""
+    """Prepared data set, folder of images (searched recursively) or Parquet of encoded images;
+    local, or a URI such as s3://bucket/folder."""
     val_path: str = ""
     """Same, for held-out evaluation crops; empty: crops of the training images never trained on."""
     image_column: str = "image"
-    """Parquet column with the encoded bytes (plain, or a Hugging Face {bytes, path} struct)."""
+    """Column of Parquet files without a manifest that holds the encoded bytes, plain or in a
+    Hugging Face {bytes, path} struct."""
     image_size: int = 224
     """Side of a crop in pixels, a multiple of 16."""
     global_batch_size: int = 4096
@@ -92,13 +94,16 @@ class DataConfig:
     """Logical CPUs kept for decoding, over all workers; at least one per training worker."""
     prefetch_batches: int = 4
     """Micro-batches decoded ahead of a training worker."""
-    shuffle_window: int = 8192
-    """Samples permuted together when the source is Parquet (row groups are always shuffled)."""
+    shuffle_window: int = 1024
+    """Samples permuted together when the source is Parquet (row groups are always shuffled); what a
+    decoding process holds in memory of them, encoded."""
     max_bad_fraction: float = 0.01
-    """Share of unreadable images above which the run stops."""
+    """Share of bad samples above which the run stops."""
+    synthetic: bool = False
+    """Feed the same random pixels again and again: how fast training is when data cost nothing."""
 
     def __post_init__(self) -> None:
-        if not self.path:
+        if not self.path and not self.synthetic:
             raise ValueError(
                 "data.path is empty; give a folder of images or Parquet: --data.path DIR"
             )
@@ -141,6 +146,8 @@ class ObjectiveConfig:
 
     mask_ratio: float = 0.75
     """Share of patches hidden from the student."""
+    mask_type: Literal["random", "block"] = "random"
+    """Patches hidden independently of each other (MAE), or in rectangles (BEiT)."""
     norm_pix_loss: bool = True
     """Predict pixels normalised per patch."""
     mfm_weight: float = 0.3
@@ -159,6 +166,7 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.mfm_weight={self.mfm_weight} must be >= 0; 0 turns MFM off"
             )
+        _require_choice("objective.mask_type", self.mask_type, ("random", "block"))
         _require_choice("objective.mfm_loss", self.mfm_loss, ("mse", "smooth_l1"))
         _require_choice("objective.teacher_input", self.teacher_input, ("hidden", "full"))
         if not 0 <= self.teacher_momentum <= 1:

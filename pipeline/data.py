@@ -8,34 +8,47 @@ the same at any worker count and a run starts at any step without replaying one.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from pipeline.config import PretrainConfig
-from pipeline.masking import random_mask
+from pipeline.config import PATCH_SIZE, PretrainConfig
+from pipeline.decoding import BadImageError
+from pipeline.masking import make_mask, random_mask
+from pipeline.quarantine import BadSample
+from pipeline.reading import SampleReader, UnreadableSampleError
 from pipeline.reproducibility import EVAL_EPOCH, sample_generator
-from pipeline.sampling import SampleStream, step_positions
-from pipeline.sources import SampleReader, group_sizes
-from pipeline.transforms import BadImageError, crop_image, decode_image
+from pipeline.sampling import SampleStream
+from pipeline.sources import Index
+from pipeline.transforms import random_resized_crop
 
 Batch = dict[str, NDArray[Any]]
-"""image (B, S, S, 3) uint8, mask (B, N) bool, position / row / bad_row (B,) int64."""
+"""image (B, S, S, 3) uint8, mask (B, N) bool, position and row (B,) int64, bad (B,) str: the JSON
+of a `BadSample`, or empty."""
 
-_SAMPLES_PER_TASK = 128  # long enough to hide the 10 ms a task costs, short enough for fast starts
+_SAMPLES_PER_TASK = 512  # long enough to hide the 10 ms a task costs, short enough for fast starts
 _TASKS_PER_DATASET = 1024  # a new dataset costs about a second; this many tasks last minutes
 _MAX_SUBSTITUTES = 16
 _BLOCK_BYTES = 16 * 2**20
 _EXECUTOR_REST_S = 0.02
+
+
+class Draws(NamedTuple):
+    """Which uses of which samples make up a micro-batch; arrays of one shape."""
+
+    positions: NDArray[np.int64]
+    """Places in the endless stream of samples."""
+    epochs: NDArray[np.int64]
+    rows: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -44,81 +57,112 @@ class SampleFactory:
 
     config: PretrainConfig
     reader: SampleReader
-    stream: SampleStream
 
     @classmethod
-    def build(cls, config: PretrainConfig, index: pa.Table) -> SampleFactory:
-        """Factory over an index table."""
-        data = config.data
-        reader = SampleReader(index, data.image_column)
-        stream = SampleStream(config.run.seed, group_sizes(index), data.shuffle_window)
-        return cls(config, reader, stream)
+    def build(cls, config: PretrainConfig, index: Index) -> SampleFactory:
+        """Factory over an index."""
+        return cls(config, SampleReader(index, config.data.image_column))
 
-    def sample(self, epoch: int, row: int) -> dict[str, Any]:
-        """One sample. A function of (seed, epoch, sample id), whoever asks.
-
-        An unreadable image is replaced by the next readable one, and the row is reported in
-        `bad_row` (-1 otherwise).
+    def sample(self, epoch: int, row: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Crop (S, S, 3) and mask (N,), True = masked: a function of (seed, epoch, sample id).
 
         Raises:
-            ValueError: many images in a row are unreadable.
+            BadImageError: the bytes are not an image.
+            UnreadableSampleError: the file is absent, forbidden or damaged.
+            StorageUnavailableError: reading failed again and again.
         """
-        data, n = self.config.data, len(self.reader)
-        problem = ""
-        for k in range(min(_MAX_SUBSTITUTES, n)):
-            used = (row + k) % n
-            try:
-                image = decode_image(self.reader.read(used))
-            except BadImageError as error:
-                problem = f"{self.reader.location(used)}: {error}"
-                continue
-            sample_id = int(self.reader.sample_ids[used])
-            crops = sample_generator(self.config.run.seed, epoch, sample_id, "crop")
-            masks = sample_generator(self.config.run.seed, epoch, sample_id, "mask")
-            pixels = crop_image(
-                image,
-                crops,
-                image_size=data.image_size,
-                scale=data.crop_scale,
-                ratio=data.crop_ratio,
-                flip_prob=data.flip_prob,
-            )
-            mask = random_mask(masks, data.num_patches, self.config.num_visible)
-            return {"image": pixels, "mask": mask, "row": used, "bad_row": row if k else -1}
-        raise ValueError(
-            f"{min(_MAX_SUBSTITUTES, n)} images in a row cannot be decoded, last {problem}; "
-            "check data.path"
+        data, seed = self.config.data, self.config.run.seed
+        sample_id, encoded = self.reader.read(row)
+        pixels = random_resized_crop(
+            encoded,
+            sample_generator(seed, epoch, sample_id, "crop"),
+            image_size=data.image_size,
+            scale=data.crop_scale,
+            ratio=data.crop_ratio,
+            flip_prob=data.flip_prob,
         )
+        return pixels, self._mask(epoch, sample_id)
 
-    def batch(self, positions: NDArray[np.int64]) -> Batch:
-        """Samples at stream positions."""
-        epochs, rows = self.stream.at(positions)
-        pairs = zip(epochs.tolist(), rows.tolist(), strict=True)
-        return {"position": positions, **_stack([self.sample(e, r) for e, r in pairs])}
+    def _mask(self, epoch: int, sample_id: int) -> NDArray[np.bool_]:
+        generator = sample_generator(self.config.run.seed, epoch, sample_id, "mask")
+        grid_size = self.config.data.image_size // PATCH_SIZE
+        objective = self.config.objective
+        return make_mask(objective.mask_type, generator, grid_size, self.config.num_visible)
+
+    def batch(self, draws: Draws) -> Batch:
+        """Samples of a micro-batch; a bad one is black, and described in `bad`."""
+        size, side = len(draws.rows), self.config.data.image_size
+        images = np.empty((size, side, side, 3), np.uint8)  # filled in place: stacking would copy
+        masks = np.empty((size, self.config.data.num_patches), np.bool_)
+        bad = [""] * size
+        for i, (epoch, row) in enumerate(
+            zip(draws.epochs.tolist(), draws.rows.tolist(), strict=True)
+        ):
+            try:
+                images[i], masks[i] = self.sample(epoch, row)
+            except (BadImageError, UnreadableSampleError) as error:
+                images[i] = 0
+                masks[i] = self._mask(epoch, 0)  # any will do: the sample weighs nothing
+                bad[i] = self._describe(row, error)
+        return {
+            "position": draws.positions,
+            "row": draws.rows,
+            "image": images,
+            "mask": masks,
+            "bad": np.array(bad),
+        }
+
+    def _describe(self, row: int, error: ValueError) -> str:
+        is_read = isinstance(error, BadImageError)
+        sample_id = self.reader.read(row).sample_id if is_read else self.reader.sample_id(row)
+        return json.dumps(BadSample.of(self.reader.location(row), sample_id, error))
 
     def evaluation_batch(self, rank: int = 0, world_size: int = 1) -> Batch:
         """This worker's share of the held-out crops: fixed, and never drawn in training.
 
-        Crop j is a use of image j % n in an epoch training never reaches.
+        Crop j is a use of image j % n in an epoch training never reaches. In place of a bad image
+        the next readable one is used.
+
+        Raises:
+            ValueError: many images in a row are bad.
         """
         crops = np.arange(rank, self.config.data.num_eval_crops, world_size)
         n = len(self.reader)
-        return _stack([self.sample(EVAL_EPOCH + int(j) // n, int(j) % n) for j in crops])
+        rows = crops % n
+        self.reader.plan(rows.tolist())
+        samples = [
+            self._next_readable(EVAL_EPOCH + int(j) // n, row)
+            for j, row in zip(crops, rows.tolist(), strict=True)
+        ]
+        images, masks, used = (np.stack(column) for column in zip(*samples, strict=True))
+        return {"image": images, "mask": masks, "row": used}
+
+    def _next_readable(self, epoch: int, row: int) -> tuple[Any, Any, int]:
+        n = len(self.reader)
+        tries = min(_MAX_SUBSTITUTES, n)
+        problem = ""
+        for used in ((row + k) % n for k in range(tries)):
+            try:
+                return (*self.sample(epoch, used), used)
+            except (BadImageError, UnreadableSampleError) as error:
+                problem = f"{self.reader.location(used)}: {error}"
+        raise ValueError(f"{tries} images in a row are bad, last {problem}; mend the data set")
 
 
-def _stack(samples: list[dict[str, Any]]) -> Batch:
-    return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+def micro_batches(
+    stream: SampleStream, config: PretrainConfig, step: int, rank: int
+) -> list[Draws]:
+    """One worker's micro-batches of a step."""
+    share = config.data.global_batch_size // config.scaling.num_workers
+    whole = stream.step(step, config.data.global_batch_size)
+    mine = [column[rank * share : (rank + 1) * share] for column in whole]
+    parts = [np.split(column, config.accumulation_steps) for column in mine]
+    return [Draws(*part) for part in zip(*parts, strict=True)]
 
 
-def micro_batches(step: int, config: PretrainConfig, rank: int) -> list[NDArray[np.int64]]:
-    """Stream positions of one worker's micro-batches of a step."""
-    positions = step_positions(
-        step,
-        global_batch_size=config.data.global_batch_size,
-        rank=rank,
-        world_size=config.scaling.num_workers,
-    )
-    return np.split(positions, config.accumulation_steps)
+def sample_stream(config: PretrainConfig, index: Index) -> SampleStream:
+    """The order of a run's training samples."""
+    return SampleStream(config.run.seed, index.sizes, config.data.shuffle_window)
 
 
 class TrainingBatches:
@@ -126,7 +170,7 @@ class TrainingBatches:
 
     Args:
         config: the run.
-        index_ref: object reference of the index table (see `sources.build_index`).
+        index_ref: object reference of the index (see `sources.build_index`).
         rank: this worker.
         start_step: first step wanted.
         num_steps: step after the last.
@@ -146,6 +190,7 @@ class TrainingBatches:
         self.rank = rank
         self.start_step = start_step
         self.num_steps = num_steps
+        self.stream = sample_stream(config, ray.get(index_ref))
         share = config.data.global_batch_size // config.scaling.num_workers
         self.steps_per_task = max(1, _SAMPLES_PER_TASK // share)
 
@@ -160,14 +205,14 @@ class TrainingBatches:
                 batch_format="numpy",
             )
             for batch, expected in zip(batches, self._micros(first, last), strict=True):
-                in_order = np.array_equal(batch["position"], expected)
-                assert in_order, f"Ray Data returned {batch['position']} for {expected}"
+                in_order = np.array_equal(batch["position"], expected.positions)
+                assert in_order, f"Ray Data returned {batch['position']} for {expected.positions}"
                 yield batch
 
-    def _micros(self, first: int, last: int) -> Iterator[NDArray[np.int64]]:
-        """Stream positions of the worker's micro-batches of the steps first..last-1."""
+    def _micros(self, first: int, last: int) -> Iterator[Draws]:
+        """The worker's micro-batches of the steps first..last-1."""
         for step in range(first, last):
-            yield from micro_batches(step, self.config, self.rank)
+            yield from micro_batches(self.stream, self.config, step, self.rank)
 
     def _dataset(self, first: int, last: int) -> ray.data.Dataset:
         """Dataset of the steps first..last-1; one read task a few steps."""
@@ -195,6 +240,26 @@ class TrainingBatches:
         return dataset
 
 
+class SyntheticBatches:
+    """The same micro-batch of random pixels for ever: what training could do with free data."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        generator = np.random.default_rng(config.run.seed)
+        size, side = config.batch_size_per_worker, config.data.image_size
+        masks = [
+            random_mask(generator, config.data.num_patches, config.num_visible) for _ in range(size)
+        ]
+        self.batch: Batch = {
+            "image": generator.integers(0, 256, (size, side, side, 3), np.uint8),
+            "mask": np.stack(masks),
+            "bad": np.full(size, ""),
+        }
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.batch
+
+
 class _LoopThrottle(ExecutionCallback):
     """Lets the executor's loop rest between rounds.
 
@@ -218,52 +283,23 @@ def _load_steps(
     steps_per_task: int,
 ) -> Iterator[Batch]:
     """Ray Data task: the worker's share of a few steps, one micro-batch at a time."""
-    factory = _factory(config, index_ref[0])
+    factory, stream = _factory(config, index_ref[0])
     for task in tasks["id"].tolist():
         begin = first + task * steps_per_task
-        for step in range(begin, min(begin + steps_per_task, last)):
-            for positions in micro_batches(step, config, rank):
-                yield factory.batch(positions)
+        micros = [
+            micro
+            for step in range(begin, min(begin + steps_per_task, last))
+            for micro in micro_batches(stream, config, step, rank)
+        ]
+        factory.reader.plan(np.concatenate([micro.rows for micro in micros]).tolist())
+        for micro in micros:
+            yield factory.batch(micro)
 
 
 @lru_cache(maxsize=2)
-def _factory(config: PretrainConfig, index_ref: ray.ObjectRef) -> SampleFactory:
+def _factory(
+    config: PretrainConfig, index_ref: ray.ObjectRef
+) -> tuple[SampleFactory, SampleStream]:
     """One factory per data process: the index stays mapped from the object store."""
-    return SampleFactory.build(config, ray.get(index_ref))
-
-
-def probe(config: PretrainConfig, index: pa.Table, num_images: int = 32) -> dict[str, Any]:
-    """Decode a few images before any worker is started.
-
-    Returns:
-        Counts, sizes, time per image, and what was wrong with unreadable ones.
-
-    Raises:
-        ValueError: not one of the probed images can be decoded.
-    """
-    factory = SampleFactory.build(config, index)
-    rows = np.unique(np.linspace(0, len(factory.reader) - 1, num_images).astype(int)).tolist()
-    sizes: list[tuple[int, int]] = []
-    problems: list[str] = []
-    start = time.perf_counter()
-    for row in rows:
-        try:
-            sizes.append(decode_image(factory.reader.read(row)).size)
-            factory.sample(0, row)
-        except BadImageError as error:
-            problems.append(f"{factory.reader.location(row)}: {error}")
-    seconds = (time.perf_counter() - start) / max(1, len(sizes)) / 2  # decoded twice
-    if not sizes:
-        raise ValueError(
-            f"data.path='{config.data.path}': none of {len(rows)} probed images can be decoded; "
-            f"first problem: {problems[0]}"
-        )
-    widths, heights = zip(*sizes, strict=True)
-    return {
-        "num_samples": len(factory.reader),
-        "num_probed": len(rows),
-        "problems": problems,
-        "smallest": (min(widths), min(heights)),
-        "largest": (max(widths), max(heights)),
-        "seconds_per_image": seconds,
-    }
+    index = ray.get(index_ref)
+    return SampleFactory.build(config, index), sample_stream(config, index)

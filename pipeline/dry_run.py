@@ -10,16 +10,16 @@ import tempfile
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from mlflow import MlflowClient
 
 from pipeline import tracking
 from pipeline.config import PretrainConfig, config_to_dict
-from pipeline.data import SampleFactory
+from pipeline.data import SyntheticBatches
+from pipeline.datasets import DataSets
 from pipeline.pretrain import TrainState, forward_backward, to_device
 from pipeline.run_folder import RunFolder
-from pipeline.trainer import DataSets, describe
+from pipeline.trainer import describe
 
 _PROBE_BATCH = 2
 
@@ -36,14 +36,10 @@ def dry_run(config: PretrainConfig) -> str:
     device = torch.device("cuda" if config.scaling.use_gpu and torch.cuda.is_available() else "cpu")
     state = TrainState.build(config, device)
     estimate = _estimate(config, data, state, device)
-    facts = data.facts
     lines = [
         json.dumps(config_to_dict(config), indent=1),
         describe(config, data),
-        f"data      {facts['num_samples']} images; {facts['num_probed']} probed, "
-        f"{len(facts['problems'])} unreadable; sizes {facts['smallest']} to {facts['largest']}, "
-        f"{facts['seconds_per_image'] * 1000:.1f} ms to decode and crop one",
-        *(f"          unreadable: {problem}" for problem in facts["problems"][:5]),
+        *_describe_data(data),
         f"model     {estimate['num_parameters']:,} parameters, "
         f"{estimate['num_trainable']:,} trainable, teacher {estimate['num_teacher']:,}",
         f"memory    {estimate['memory_gib']:.2f} GiB a worker: weights, gradients, AdamW, teacher "
@@ -58,11 +54,23 @@ def dry_run(config: PretrainConfig) -> str:
     return "\n".join(lines)
 
 
+def _describe_data(data: DataSets) -> list[str]:
+    if not data.facts:
+        return ["data      synthetic: random pixels, nothing is read"]
+    facts = data.facts
+    return [
+        f"data      {facts['num_samples']} images; {facts['num_probed']} probed, "
+        f"{len(facts['problems'])} unreadable; sizes {facts['smallest']} to {facts['largest']}, "
+        f"{facts['seconds_per_image'] * 1000:.1f} ms to decode and crop one",
+        *(f"          unreadable: {problem}" for problem in facts["problems"][:5]),
+    ]
+
+
 def _estimate(
     config: PretrainConfig, data: DataSets, state: TrainState, device: torch.device
 ) -> dict[str, Any]:
     """Parameters, bytes and seconds, from one real forward and backward of two images."""
-    batch = SampleFactory.build(config, data.train).batch(np.arange(_PROBE_BATCH))
+    batch = {key: values[:_PROBE_BATCH] for key, values in SyntheticBatches(config).batch.items()}
     images, mask = to_device(batch, config, device)
 
     saved: dict[int, int] = {}
@@ -75,16 +83,16 @@ def _estimate(
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         forward_backward(state.model, state.teacher, images, mask, config)
     activations = sum(size for pointer, size in saved.items() if pointer not in weights)
-    seconds = min(_timed_step(config, state, images, mask) for _ in range(2)) / _PROBE_BATCH
+    seconds = min(_timed_step(config, state, images, mask) for _ in range(2)) / len(images)
 
     parameters = list(state.model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
     teacher = sum(p.numel() for p in state.teacher.parameters()) if state.teacher else 0
     state_gib = 4 * (total + 3 * trainable + teacher) / 2**30
-    activations_gib = activations / _PROBE_BATCH * config.batch_size_per_worker / 2**30
+    activations_gib = activations / len(images) * config.batch_size_per_worker / 2**30
     images_per_worker = (
-        config.num_steps(data.train.num_rows)
+        config.num_steps(data.num_samples)
         * config.data.global_batch_size
         / config.scaling.num_workers
     )

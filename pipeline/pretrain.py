@@ -9,6 +9,7 @@ the update (the norm is of reduced gradients, so all workers agree).
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from pipeline.evaluate import PretrainEvaluation
 from pipeline.metrics import Meter, peak_memory_gib
 from pipeline.optim import build_optimizer, set_lr
 from pipeline.pictures import reconstruction_picture
+from pipeline.quarantine import BadSample, check_bad_fraction
 from pipeline.schedules import teacher_momentum, warmup_cosine
 
 Batch = dict[str, NDArray[Any]]
@@ -38,10 +40,6 @@ _PICTURE_ROWS = 8
 
 class NonFiniteLossError(ArithmeticError):
     """Loss or gradient became infinite or NaN; the model is as it was before the step."""
-
-
-class TooManyBadImagesError(ValueError):
-    """More images are unreadable than `data.max_bad_fraction` allows."""
 
 
 class Worker(NamedTuple):
@@ -65,8 +63,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     """Optimiser steps done; also the cursor in the sample stream."""
-    bad_rows: set[int] = field(default_factory=set)
-    """Index rows of images that could not be decoded."""
+    quarantine: dict[str, BadSample] = field(default_factory=dict)
+    """Bad samples met so far, by where they are."""
 
     @classmethod
     def build(cls, config: PretrainConfig, device: torch.device) -> TrainState:
@@ -98,7 +96,7 @@ class TrainState:
             "teacher": self.teacher.state_dict() if self.teacher else {},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "bad_rows": sorted(self.bad_rows),
+            "quarantine": [list(sample) for sample in self.quarantine.values()],
             "torch_rng": torch.get_rng_state(),
         }
 
@@ -109,7 +107,8 @@ class TrainState:
             self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        self.bad_rows = set(state["bad_rows"])
+        bad = [BadSample(*values) for values in state["quarantine"]]
+        self.quarantine = {sample.path: sample for sample in bad}
         torch.set_rng_state(state["torch_rng"])
 
 
@@ -121,6 +120,8 @@ class Hooks:
     """Once, with the step the run starts at."""
     on_metrics: Callable[[int, dict[str, float]], bool] = lambda step, metrics: False
     """At log steps, worker 0 only; returns True to ask for a clean stop."""
+    on_quarantine: Callable[[list[BadSample]], None] = lambda samples: None
+    """When there are new bad samples, with all of them; worker 0 only."""
     on_picture: Callable[[int, bytes], None] = lambda step, png: None
     """At picture steps, worker 0 only."""
     on_checkpoint: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
@@ -151,11 +152,12 @@ def pretrain(
         hooks: callbacks.
 
     Returns:
-        Summary: steps, is_stopped, bad_rows, images_per_s, data_wait_frac and the latest metrics.
+        Summary: steps, is_stopped, bad_samples (their paths), images_per_s, data_wait_frac and the
+        latest metrics.
 
     Raises:
         NonFiniteLossError: before the update; names the step and the last logged loss.
-        TooManyBadImagesError: at a log step.
+        TooManyBadSamplesError: at a log step.
     """
     run, num_steps = config.run, config.num_steps(num_samples)
     state = TrainState.build(config, worker.device)
@@ -166,6 +168,7 @@ def pretrain(
     batches = iter(batches_from(state.step))
     meter = Meter(config.data.global_batch_size)
     latest: dict[str, float] = {}
+    new_bad: list[BadSample] = []
     is_stopped = False
 
     while state.step < num_steps and not is_stopped:
@@ -173,14 +176,18 @@ def pretrain(
         set_lr(state.optimizer, schedules["optim/lr"])
 
         losses = torch.zeros(2 + len(STRIDES), device=worker.device)  # total, mim, mfm by stride
+        num_bad = 0
         for micro in range(config.accumulation_steps):
             with meter.waiting():
                 batch = next(batches)
-            state.bad_rows.update(batch["bad_row"][batch["bad_row"] >= 0].tolist())
+            bad = [BadSample(*json.loads(text)) for text in batch["bad"] if text]
+            new_bad += bad
+            num_bad += len(bad)
             images, mask = to_device(batch, config, worker.device)
+            weight = _weight(batch, worker.device) if bad else None
             is_last = micro == config.accumulation_steps - 1
             with _no_sync_unless(is_last, model):
-                losses += forward_backward(model, state.teacher, images, mask, config)
+                losses += forward_backward(model, state.teacher, images, mask, config, weight)
 
         clip = config.optim.clip_grad_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip)
@@ -195,12 +202,19 @@ def pretrain(
         meter.step_done()
 
         is_final = state.step == num_steps
+        is_logging = is_final or state.step % run.log_every_steps == 0
         record: dict[str, float] = {}
-        if is_final or state.step % run.log_every_steps == 0:
-            record |= loss_metrics(losses, has_mfm=state.teacher is not None)
+        if is_logging or state.step % run.checkpoint_every_steps == 0:
+            if share_quarantine(state, new_bad, worker) and worker.is_rank_zero:
+                hooks.on_quarantine(list(state.quarantine.values()))
+            new_bad = []
+        if is_logging:
+            record |= loss_metrics(
+                losses, num_bad, config.data.global_batch_size, has_mfm=state.teacher is not None
+            )
             record |= {"train/grad_norm": float(grad_norm), **schedules}
             record["train/epoch"] = state.step * config.data.global_batch_size / num_samples
-            record["data/bad_images"] = float(_count_bad_images(state, worker))
+            record["data/bad_samples"] = float(len(state.quarantine))
             record |= {**meter.metrics(), **peak_memory_gib(worker.device)}
         with meter.paused():
             if is_final or state.step % run.evaluate_every_steps == 0:
@@ -209,7 +223,12 @@ def pretrain(
                 latest |= record
                 wants_stop = worker.is_rank_zero and hooks.on_metrics(state.step, record)
                 is_stopped = _any_worker(wants_stop, worker) and not is_final
-                _check_bad_images(latest.get("data/bad_images", 0), num_samples, config)
+                check_bad_fraction(
+                    state.quarantine.values(),
+                    num_samples,
+                    config.data.max_bad_fraction,
+                    "data.max_bad_fraction",
+                )
             if worker.is_rank_zero and (is_final or state.step % run.picture_every_steps == 0):
                 hooks.on_picture(state.step, draw_picture(state, evaluation_batch, config))
             if is_final or is_stopped or state.step % run.checkpoint_every_steps == 0:
@@ -222,7 +241,7 @@ def pretrain(
     return {
         "steps": state.step,
         "is_stopped": is_stopped,
-        "bad_rows": sorted(state.bad_rows),
+        "bad_samples": sorted(state.quarantine),
         **meter.totals(),
         "metrics": latest,
     }
@@ -234,6 +253,7 @@ def forward_backward(
     images: Tensor,
     mask: Tensor,
     config: PretrainConfig,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Add the gradients of one micro-batch; returns its share of the step's losses, detached.
 
@@ -243,6 +263,7 @@ def forward_backward(
         images: (B, C, H, W), normalised.
         mask: (B, N) bool, True = masked.
         config: the run.
+        weight: (B,) factors of the images' losses; None for ones.
 
     Returns:
         (2 + stages,) total, MIM and MFM losses divided by the accumulation steps.
@@ -252,7 +273,7 @@ def forward_backward(
         if teacher is not None:
             _, ids_masked = split_tokens(mask, config.num_visible)
             features = teacher(images, ids_masked)
-        losses = model(images, mask, features, config.num_visible)
+        losses = model(images, mask, features, config.num_visible, weight)
     (losses.total / config.accumulation_steps).backward()
     mfm = [losses.mfm.get(stride, torch.zeros_like(losses.mim)) for stride in STRIDES]
     return torch.stack([losses.total, losses.mim, *mfm]).detach() / config.accumulation_steps
@@ -286,6 +307,11 @@ def to_device(batch: Batch, config: PretrainConfig, device: torch.device) -> tup
     return images.permute(0, 3, 1, 2).contiguous(), mask
 
 
+def _weight(batch: Batch, device: torch.device) -> Tensor:
+    """(B,) 1 for good samples, 0 for bad ones."""
+    return torch.from_numpy(batch["bad"] == "").float().to(device)
+
+
 def evaluate(
     state: TrainState, batch: Batch, config: PretrainConfig, device: torch.device
 ) -> dict[str, float]:
@@ -313,12 +339,25 @@ def draw_picture(state: TrainState, batch: Batch, config: PretrainConfig) -> byt
     return png
 
 
-def loss_metrics(losses: Tensor, *, has_mfm: bool) -> dict[str, float]:
-    """train/loss* of a step, averaged over the workers. Every worker must call it."""
+def loss_metrics(
+    losses: Tensor, num_bad: int, global_batch_size: int, *, has_mfm: bool
+) -> dict[str, float]:
+    """train/loss* of a step: means over the good samples of all workers. All must call it.
+
+    Args:
+        losses: (2 + stages,) of this worker, where bad samples count as 0.
+        num_bad: bad samples of this worker.
+        global_batch_size: samples of the step.
+        has_mfm: whether there are feature losses.
+    """
+    sums = torch.cat([losses, losses.new_tensor([num_bad])])
     if dist.is_initialized():
-        dist.all_reduce(losses)
-        losses = losses / dist.get_world_size()
-    total, mim, *mfm = losses.tolist()
+        dist.all_reduce(sums)
+        sums[:-1] /= dist.get_world_size()
+    *means, bad = sums.tolist()
+    total, mim, *mfm = (
+        mean * global_batch_size / max(1, global_batch_size - bad) for mean in means
+    )
     metrics = {"train/loss": total, "train/loss_mim": mim}
     if has_mfm:
         metrics |= {f"train/loss_mfm{s}": value for s, value in zip(STRIDES, mfm, strict=True)}
@@ -347,26 +386,15 @@ def _any_worker(flag: bool, worker: Worker) -> bool:
     return bool(value)
 
 
-def _count_bad_images(state: TrainState, worker: Worker) -> int:
-    """Merge the workers' unreadable rows; returns their number."""
+def share_quarantine(state: TrainState, new: list[BadSample], worker: Worker) -> bool:
+    """Add every worker's new bad samples to each worker's quarantine; True when there were any."""
+    gathered = [new]
     if worker.world_size > 1:
-        gathered: list[set[int]] = [set()] * worker.world_size
-        dist.all_gather_object(gathered, state.bad_rows)
-        state.bad_rows = set().union(*gathered)
-    return len(state.bad_rows)
-
-
-def _check_bad_images(num_bad: float, num_samples: int, config: PretrainConfig) -> None:
-    fraction = config.data.max_bad_fraction
-    allowed = max(
-        fraction * num_samples, 1.0 if fraction else 0.0
-    )  # one bad file kills no small run
-    if num_bad > allowed:
-        raise TooManyBadImagesError(
-            f"{num_bad:.0f} of {num_samples} images cannot be decoded, more than "
-            f"data.max_bad_fraction={fraction}; repair data.path='{config.data.path}' or raise the "
-            "limit"
-        )
+        gathered = [[] for _ in range(worker.world_size)]
+        dist.all_gather_object(gathered, new)
+    before = len(state.quarantine)
+    state.quarantine |= {sample.path: sample for part in gathered for sample in part}
+    return len(state.quarantine) > before
 
 
 def _non_finite_message(

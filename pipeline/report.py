@@ -42,8 +42,9 @@ def final_report(config: PretrainConfig, summary: dict[str, Any]) -> str:
                 f"{m[f'val/baseline_mfm{s}']:.4f}   ratio {m[f'val/mfm{s}_loss_over_baseline']:.3f}"
             )
         lines.append(f"       all stages, ratio {summary['mfm_loss_over_baseline']:.3f}")
-    if summary["bad_images"]:
-        lines.append(f"unreadable images, replaced: {', '.join(summary['bad_images'][:5])}")
+    if summary["bad_samples"]:
+        shown = ", ".join(summary["bad_samples"][:5])
+        lines.append(f"bad samples, left out and listed in quarantine.parquet: {shown}")
     uri = config.tracking.uri or tracking.default_tracking_uri(folder.storage_path)
     lines += [
         f"{summary['steps']} steps in {summary['wall_s']:.0f} s, "

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.checkpoint import ENCODER_FILE
 from pipeline.config import PretrainConfig, config_diff, config_to_dict
+from pipeline.quarantine import QUARANTINE_FILE
 
 
 class RunFolder:
@@ -76,5 +77,8 @@ class RunFolder:
 
     def files_for_artifacts(self) -> list[Path]:
         """Small files worth a copy in MLflow at the end of the run."""
-        names = ("config.json", "metrics.jsonl", "summary.json", "environment.json", ENCODER_FILE)
+        names = (
+            *("config.json", "metrics.jsonl", "summary.json", "environment.json"),
+            *(QUARANTINE_FILE, ENCODER_FILE),
+        )
         return [self.path / name for name in names]

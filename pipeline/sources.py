@@ -1,167 +1,206 @@
-"""Where encoded images come from: a folder of files, or Parquet of encoded bytes.
+"""Where encoded images come from: a prepared data set, any Parquet files, or a folder of images.
 
-The index (one row per image) is built once, on one process. Surprising: a sample's id is a hash of
-its place in the data set, not its row, so adding files leaves the other samples' crops and masks
-alone.
+The index is built once, on one process; it has a row for each image file, or only one for each
+Parquet row group, so it stays small however many images the Parquet files hold. Surprising: a
+sample's id is a hash of its name in the data set, not its row, so adding files leaves the other
+samples' crops and masks alone.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import logging
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
+from pyarrow import fs
 
-from pipeline.reproducibility import stable_id
+from pipeline import storage
+from pipeline.quarantine import BadSample
+from pipeline.shards import Manifest
 
+logger = logging.getLogger(__name__)
 PARQUET_SUFFIXES = (".parquet", ".pq")
-_CACHED_ROW_GROUPS = 4
+MAX_GROUP_BYTES = 2**30
 
 
-def build_index(path: str, setting: str = "data.path") -> pa.Table:
+@dataclass(frozen=True)
+class Index:
+    """What a data set holds, without its images."""
+
+    root: str
+    """Folder as `storage.resolve` takes it; absolute when local."""
+    groups: pa.Table
+    """file (string, relative to root); for Parquet also row_group, num_rows (int32) and first_row
+    (int64, of the group in its file). Sorted by file, then row group."""
+    is_parquet: bool
+    is_prepared: bool = False
+    """Parquet with a manifest, where sample ids are a column."""
+    bad_files: tuple[BadSample, ...] = ()
+    """Files that were left out because they cannot be read."""
+    classes: tuple[str, ...] = ()
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64] | int:
+        """Rows of each group, or the number of files when each file is one sample."""
+        if not self.is_parquet:
+            return int(self.groups.num_rows)
+        return self.groups["num_rows"].to_numpy().astype(np.int64)
+
+    @property
+    def num_samples(self) -> int:
+        """Images in the data set."""
+        return self.sizes if isinstance(self.sizes, int) else int(self.sizes.sum())
+
+
+def build_index(path: str, setting: str = "data.path", max_bad_fraction: float = 0.01) -> Index:
     """Index a data set.
 
     Args:
-        path: folder of images (recursive), folder of Parquet files, or one Parquet file.
+        path: prepared folder, folder of images or of Parquet files (recursive), or one such file;
+            local, or a URI pyarrow opens (s3://, gs://, ...).
         setting: the setting the path came from, for error messages.
-
-    Returns:
-        Table with sample_id (uint64), path (string), row_group and row (int32; -1 for image files),
-        sorted by path, row group, row.
+        max_bad_fraction: largest share of the data that damaged Parquet files may hold.
 
     Raises:
-        ValueError: nothing there that could be an image.
+        ValueError: nothing there that could be an image, a set that was never finished, or too
+            much of it damaged.
         FileNotFoundError: the path does not exist.
     """
-    root = Path(path)
-    if not root.exists():
+    filesystem, root = storage.resolve(path)
+    kind = storage.with_retries(lambda: filesystem.get_file_info(root).type, path)
+    if kind == fs.FileType.NotFound:
         raise FileNotFoundError(
             f"{setting}='{path}' does not exist; give a folder of images or Parquet files"
         )
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    parquet = [p for p in files if p.suffix.lower() in PARQUET_SUFFIXES]
+    files = storage.with_retries(lambda: storage.list_files(filesystem, root), path)
+    where = root if storage.is_local(filesystem) else path.rstrip("/")
+    if kind == fs.FileType.File:
+        root, where = root.rsplit("/", 1)[0], where.rsplit("/", 1)[0]
+    manifest = Manifest.read(filesystem, root) if kind == fs.FileType.Directory else None
+    if manifest is not None:
+        return _index_prepared(where, manifest, files, setting, max_bad_fraction)
+    parquet = [f for f in files if f.path.lower().endswith(PARQUET_SUFFIXES)]
     if parquet:
-        return _index_parquet(root, parquet)
-    readable = _readable_suffixes()
-    images = [p for p in files if p.suffix.lower() in readable]
+        return _index_parquet(where, filesystem, root, parquet, setting, max_bad_fraction)
+    readable = readable_suffixes()
+    images = [f for f in files if _suffix(f.path) in readable]
     if not images:
         raise ValueError(
             f"{setting}='{path}' holds no image among {len(files)} files; give a folder with files "
             "Pillow can read (.jpg, .png, .webp, .tif, ...) or with .parquet files"
         )
-    return _index_table(
-        [stable_id(_name(root, p)) for p in images],
-        [str(p.absolute()) for p in images],
-        np.full(len(images), -1),
-        np.full(len(images), -1),
-    )
+    names = pa.array([_name(root, f.path) for f in images], pa.string())
+    return Index(where, pa.table({"file": names}), is_parquet=False)
 
 
-def _readable_suffixes() -> set[str]:
+def readable_suffixes() -> set[str]:
     """Suffixes of the formats Pillow can open; some of its formats it can only write."""
     Image.init()
     readable = {suffix for suffix, name in Image.EXTENSION.items() if name in Image.OPEN}
     return readable | {".mpo"}  # opened by the JPEG plugin
 
 
-def _index_parquet(root: Path, files: Sequence[Path]) -> pa.Table:
-    ids: list[int] = []
-    paths: list[str] = []
-    row_groups: list[NDArray[np.int64]] = []
-    rows: list[NDArray[np.int64]] = []
+def _suffix(path: str) -> str:
+    name = path.rsplit("/", 1)[-1]
+    return "." + name.rsplit(".", 1)[-1].lower() if "." in name.lstrip(".") else ""
+
+
+def _name(root: str, path: str) -> str:
+    return path.removeprefix(root).lstrip("/")
+
+
+def _index_prepared(
+    where: str, manifest: Manifest, files: list[fs.FileInfo], setting: str, max_bad_fraction: float
+) -> Index:
+    """Index from the manifest alone; no Parquet file is opened."""
+    sizes = {f.path.rsplit("/", 1)[-1]: f.size for f in files}
+    damaged = [s for s in manifest.shards if sizes.get(s.file) != s.num_bytes]
+    lost = sum(shard.num_samples for shard in damaged)
+    for shard in damaged:
+        problem = (
+            f"{where}/{shard.file} has {sizes.get(shard.file, 0)} bytes, its manifest says "
+            f"{shard.num_bytes}"
+        )
+        if lost > max_bad_fraction * manifest.num_samples:
+            raise ValueError(
+                f"{setting}='{where}': {problem}; {lost} of {manifest.num_samples} samples lie in "
+                f"damaged shards, more than data.max_bad_fraction={max_bad_fraction} allows; "
+                "prepare the data again, or raise the limit"
+            )
+        logger.warning("%s: samples of it that cannot be read are quarantined", problem)
+    if not manifest.num_samples:
+        raise ValueError(f"{setting}='{where}' is a prepared data set without samples")
+    table = _group_table([(shard.file, shard.row_groups) for shard in manifest.shards])
+    return Index(where, table, is_parquet=True, is_prepared=True, classes=tuple(manifest.classes))
+
+
+def _index_parquet(
+    where: str,
+    filesystem: fs.FileSystem,
+    root: str,
+    files: Sequence[fs.FileInfo],
+    setting: str,
+    max_bad_fraction: float,
+) -> Index:
+    """Index from the footers of all files."""
+    readable: list[tuple[str, list[int]]] = []
+    bad: list[BadSample] = []
     for file in files:
-        name = _name(root, file)
-        metadata = pq.read_metadata(file)
-        sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-        ids += [stable_id(f"{name}:{row}") for row in range(sum(sizes))]
-        paths += [str(file.absolute())] * sum(sizes)
-        row_groups.append(np.repeat(np.arange(len(sizes)), sizes))
-        rows += [np.arange(size) for size in sizes]
-    if not ids:
-        raise ValueError(f"{root}: {len(files)} Parquet files hold no rows")
-    return _index_table(ids, paths, np.concatenate(row_groups), np.concatenate(rows))
+        try:
+            with storage.open_retrying(filesystem, file.path) as stream:
+                metadata = pq.read_metadata(stream)
+        except storage.StorageUnavailableError:
+            raise
+        except (OSError, pa.ArrowInvalid) as error:
+            bad.append(BadSample.of(str(file.path), None, error))
+            continue
+        groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+        _check_group_bytes(file.path, [group.total_byte_size for group in groups])
+        readable.append((_name(root, file.path), [group.num_rows for group in groups]))
+    bad_paths = {sample.path for sample in bad}
+    bad_bytes = sum(f.size for f in files if f.path in bad_paths)
+    if bad and bad_bytes > max_bad_fraction * sum(f.size for f in files):
+        raise ValueError(
+            f"{setting}='{where}': {len(bad)} of {len(files)} Parquet files cannot be read, first "
+            f"{bad[0]}; that is more than data.max_bad_fraction={max_bad_fraction} of the bytes; "
+            "mend or remove them, or raise the limit"
+        )
+    for sample in bad:
+        logger.warning("left out: %s", sample)
+    if not any(sum(sizes) for _, sizes in readable):
+        raise ValueError(f"{setting}='{where}': {len(files)} Parquet files hold no rows")
+    return Index(where, _group_table(readable), is_parquet=True, bad_files=tuple(bad))
 
 
-def _name(root: Path, file: Path) -> str:
-    return file.name if root.is_file() else file.relative_to(root).as_posix()
+def _check_group_bytes(path: str, sizes: list[int]) -> None:
+    if max(sizes, default=0) > MAX_GROUP_BYTES:
+        raise ValueError(
+            f"{path} has a row group of {max(sizes) / 2**30:.1f} GiB, which would be read for each "
+            f"sample; more than {MAX_GROUP_BYTES / 2**30:g} GiB is refused. Rewrite it with "
+            "jobs/prepare_data.py"
+        )
 
 
-def _index_table(
-    ids: list[int], paths: list[str], row_groups: NDArray[np.int64], rows: NDArray[np.int64]
-) -> pa.Table:
+def _group_table(files: Sequence[tuple[str, list[int]]]) -> pa.Table:
+    """Groups table from (file, rows of each row group); groups without rows are left out."""
+    rows = [
+        (name, group, size, sum(sizes[:group]))
+        for name, sizes in files
+        for group, size in enumerate(sizes)
+        if size
+    ]
+    names, groups, sizes, firsts = zip(*rows, strict=True)
     return pa.table(
         {
-            "sample_id": pa.array(ids, pa.uint64()),
-            "path": pa.array(paths, pa.string()).dictionary_encode(),
-            "row_group": pa.array(row_groups, pa.int32()),
-            "row": pa.array(rows, pa.int32()),
+            "file": pa.array(names, pa.string()).dictionary_encode(),
+            "row_group": pa.array(groups, pa.int32()),
+            "num_rows": pa.array(sizes, pa.int32()),
+            "first_row": pa.array(firsts, pa.int64()),
         }
     )
-
-
-def group_sizes(index: pa.Table) -> NDArray[np.int64]:
-    """Rows that are read together (a Parquet row group, or one file), in index order."""
-    row_group = index["row_group"].to_numpy()
-    path = index["path"].combine_chunks().indices.to_numpy()
-    changes = np.flatnonzero((np.diff(row_group) != 0) | (np.diff(path) != 0)) + 1
-    return np.diff(np.concatenate([[0], changes, [index.num_rows]]))
-
-
-class SampleReader:
-    """Reads encoded bytes of samples by index row; keeps a few Parquet row groups in memory."""
-
-    def __init__(self, index: pa.Table, image_column: str) -> None:
-        self.index = index
-        self.image_column = image_column
-        self.sample_ids = index["sample_id"].to_numpy()
-        self._paths = index["path"].combine_chunks()
-        self._row_groups = index["row_group"].to_numpy()
-        self._rows = index["row"].to_numpy()
-        self._cache: OrderedDict[tuple[str, int], pa.ChunkedArray] = OrderedDict()
-
-    def __len__(self) -> int:
-        return self.index.num_rows
-
-    def location(self, row: int) -> str:
-        """Where a sample is, for people: a path, or path:row-group:row."""
-        path = str(self._paths[row].as_py())
-        if self._rows[row] < 0:
-            return path
-        return f"{path}:{self._row_groups[row]}:{self._rows[row]}"
-
-    def read(self, row: int) -> bytes:
-        """Encoded bytes of one sample.
-
-        Raises:
-            ValueError: the Parquet file has no such image column.
-            OSError: the file cannot be read.
-        """
-        path = str(self._paths[row].as_py())
-        if self._rows[row] < 0:
-            return Path(path).read_bytes()
-        column = self._row_group(path, int(self._row_groups[row]))
-        value = column[int(self._rows[row])].as_py()
-        encoded = value["bytes"] if isinstance(value, dict) else value  # Hugging Face struct
-        return bytes(encoded or b"")
-
-    def _row_group(self, path: str, row_group: int) -> pa.ChunkedArray:
-        key = (path, row_group)
-        if key not in self._cache:
-            with pq.ParquetFile(path) as file:
-                names = file.schema_arrow.names
-                if self.image_column not in names:
-                    raise ValueError(
-                        f"data.image_column='{self.image_column}' is not in {path}; its columns "
-                        f"are {', '.join(names)}"
-                    )
-                table = file.read_row_group(row_group, columns=[self.image_column])
-            self._cache[key] = table[self.image_column]
-            if len(self._cache) > _CACHED_ROW_GROUPS:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        return self._cache[key]

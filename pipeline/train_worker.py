@@ -6,6 +6,7 @@ images) are returned, not raised. Raised, Ray Train would restart the workers an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -15,8 +16,14 @@ import ray.train.torch
 from pipeline import tracking
 from pipeline.checkpoint import Checkpointer
 from pipeline.config import PretrainConfig, config_from_dict, config_hash
-from pipeline.data import SampleFactory, TrainingBatches
-from pipeline.pretrain import Hooks, NonFiniteLossError, TooManyBadImagesError, Worker, pretrain
+from pipeline.data import SampleFactory, SyntheticBatches, TrainingBatches
+from pipeline.pretrain import Batch, Hooks, NonFiniteLossError, Worker, pretrain
+from pipeline.quarantine import (
+    QUARANTINE_FILE,
+    BadSample,
+    TooManyBadSamplesError,
+    write_quarantine,
+)
 from pipeline.run_folder import RunFolder
 
 
@@ -47,13 +54,18 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
         # The answer to the previous post is there by now: no waiting for the driver.
         return bool(ray.get(answers.pop(0))) if len(answers) > 1 else False
 
+    def on_quarantine(samples: list[BadSample]) -> None:
+        write_quarantine(str(folder.path / QUARANTINE_FILE), [*job["bad_files"], *samples])
+
     def on_picture(step: int, png: bytes) -> None:
         trackers[0].log_picture(step, png)
 
     def on_checkpoint(step: int, metrics: dict[str, float]) -> None:
         ray.train.report({"step": step, **metrics})
 
-    def batches_from(step: int) -> TrainingBatches:
+    def batches_from(step: int) -> Iterable[Batch]:
+        if config.data.synthetic:
+            return SyntheticBatches(config)
         return TrainingBatches(
             config,
             job["train_index"][0],
@@ -62,23 +74,29 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
             num_steps=num_steps,
         )
 
-    held_out = SampleFactory.build(config, ray.get(job["val_index"][0]))
+    def evaluation_batch() -> Batch:
+        if config.data.synthetic:
+            return SyntheticBatches(config).batch
+        held_out = SampleFactory.build(config, ray.get(job["val_index"][0]))
+        return held_out.evaluation_batch(worker.rank, worker.world_size)
+
     try:
         outcome = pretrain(
             config,
             num_samples=job["num_samples"],
             batches_from=batches_from,
-            evaluation_batch=held_out.evaluation_batch(worker.rank, worker.world_size),
+            evaluation_batch=evaluation_batch(),
             checkpointer=run_checkpointer(config, folder),
             worker=worker,
             hooks=Hooks(
                 on_start=on_start,
                 on_metrics=on_metrics,
+                on_quarantine=on_quarantine,
                 on_picture=on_picture,
                 on_checkpoint=on_checkpoint,
             ),
         )
-    except (NonFiniteLossError, TooManyBadImagesError) as error:
+    except (NonFiniteLossError, TooManyBadSamplesError) as error:
         # Every worker raises it at the same step and would again: nothing to restart for.
         return {"error": f"{error}"}
     finally:

@@ -11,10 +11,8 @@ import json
 import logging
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
@@ -27,11 +25,10 @@ from pipeline.config import (
     config_to_dict,
     flatten_config,
 )
-from pipeline.data import probe
+from pipeline.datasets import DataSets
 from pipeline.progress import ProgressDisplay, create_board
 from pipeline.reproducibility import environment, git_commit
 from pipeline.run_folder import RunFolder
-from pipeline.sources import build_index
 from pipeline.train_worker import run_checkpointer, train_worker
 
 logger = logging.getLogger(__name__)
@@ -42,30 +39,6 @@ _CLEANER_TIMEOUT_S = 0.5
 
 class RunFailedError(RuntimeError):
     """Training failed; the message says why. The newest checkpoint is kept."""
-
-
-@dataclass(frozen=True)
-class DataSets:
-    """Index tables of a run."""
-
-    train: pa.Table
-    val: pa.Table
-    facts: dict[str, Any]
-    """What `data.probe` found in the training images."""
-
-    @classmethod
-    def open(cls, config: PretrainConfig) -> DataSets:
-        """Build the indices once, here, and look at a few images.
-
-        Raises:
-            ValueError: no images, or none that can be decoded.
-            FileNotFoundError: a path does not exist.
-        """
-        train = build_index(config.data.path)
-        facts = probe(config, train)
-        val_path = config.data.val_path
-        val = build_index(val_path, "data.val_path") if val_path else train
-        return cls(train, val, facts)
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
@@ -105,7 +78,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
         artifact_folder=folder.storage_path / "mlartifacts",
         name=config.run.name,
         run_id=folder.state.get("mlflow_run_id"),
-        params={**flatten_config(config), "num_samples": data.train.num_rows, "lr": config.lr},
+        params={**flatten_config(config), "num_samples": data.num_samples, "lr": config.lr},
         tags=facts,
     )
     folder.update_state(mlflow_run_id=run_id, status="RUNNING")
@@ -118,7 +91,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
             outcome = _fit(config, data, folder, uri, run_id)
         if outcome["is_stopped"]:
             raise KeyboardInterrupt
-        summary = _summarise(config, data, outcome, run_id, wall_s=time.time() - start)
+        summary = _summarise(config, outcome, run_id, wall_s=time.time() - start)
         checkpoint = checkpoints.latest()
         assert checkpoint is not None, "the last step always writes a checkpoint"
         folder.finish(summary, checkpoint)
@@ -136,14 +109,15 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
 def describe(config: PretrainConfig, data: DataSets) -> str:
     """The header of a run: data, batch and learning-rate arithmetic."""
     batch, workers = config.data.global_batch_size, config.scaling.num_workers
-    steps = config.num_steps(data.train.num_rows)
+    steps = config.num_steps(data.num_samples)
     lr = f"{config.lr:.3g}"
     if config.optim.lr is None:
         lr = f"{config.optim.base_lr:.3g} x {batch} / 256 = {lr}"
-    epochs = steps * batch / data.train.num_rows
+    epochs = steps * batch / data.num_samples
+    kind = "synthetic images" if config.data.synthetic else "images"
     return (
         f"run '{config.run.name}': {config.model.name} at {config.data.image_size} px on "
-        f"{data.train.num_rows} images, {steps} steps ({epochs:.4g} epochs)\n"
+        f"{data.num_samples} {kind}, {steps} steps ({epochs:.4g} epochs)\n"
         f"global batch {batch} = {workers} workers x {config.batch_size_per_worker} x "
         f"{config.accumulation_steps} accumulation; learning rate {lr}; "
         f"{config.num_visible} of {config.data.num_patches} patches visible"
@@ -159,9 +133,10 @@ def _fit(
     absolute = apply_overrides(config, {"run.storage_path": str(folder.storage_path)})
     job = {
         "config": config_to_dict(absolute),
-        "num_samples": data.train.num_rows,
+        "num_samples": data.num_samples,
         "train_index": [ray.put(data.train)],  # in lists: handed on as references
         "val_index": [ray.put(data.val)],
+        "bad_files": list(data.train.bad_files) if data.train else [],
         "mlflow": {"uri": uri, "run_id": run_id},
         "board": board,
     }
@@ -193,7 +168,7 @@ def _fit(
             is_done.set()
 
     threading.Thread(target=fit, name="fit", daemon=True).start()
-    with ProgressDisplay(config.num_steps(data.train.num_rows)) as display:
+    with ProgressDisplay(config.num_steps(data.num_samples)) as display:
         _follow(is_done, board, display)
     if "error" in result:
         raise RunFailedError(
@@ -242,10 +217,9 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _summarise(
-    config: PretrainConfig, data: DataSets, outcome: dict[str, Any], run_id: str, *, wall_s: float
+    config: PretrainConfig, outcome: dict[str, Any], run_id: str, *, wall_s: float
 ) -> dict[str, Any]:
     """Content of summary.json."""
-    index = data.train
     metrics = outcome["metrics"]
     return {
         "run": config.run.name,
@@ -256,6 +230,6 @@ def _summarise(
         "mim_loss_over_baseline": metrics["val/mim_loss_over_baseline"],
         "mfm_loss_over_baseline": metrics.get("val/mfm_loss_over_baseline"),
         "mlflow_run_id": run_id,
-        "bad_images": [str(index["path"][row]) for row in outcome["bad_rows"]],
+        "bad_samples": outcome["bad_samples"],
         "metrics": metrics,
     }

@@ -1,44 +1,54 @@
-"""Encoded bytes -> crop: decode, random resized crop, flip, uint8. Pillow and numpy only.
+"""Encoded bytes -> training crop: random resized crop, flip, uint8. Normalising is the device's.
 
-Importing torch here would add seconds to every data worker. Normalising happens on the device.
-Rules of decoding: EXIF rotation is applied, 16-bit greys are scaled to 8 bits, everything else goes
-through Pillow's conversion to RGB (alpha is dropped, of an animation the first frame is used).
+Boxes are drawn by torchvision's rule; the crop is resized with antialiased bicubic interpolation of
+the pixels inside the box alone, as torchvision does. Surprising: of a large JPEG only a half,
+quarter or eighth of the resolution is decoded, as long as the crop keeps twice the pixels it needs.
 """
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
+from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-Box = tuple[float, float, float, float]
-"""left, upper, right, lower in pixels of the decoded image."""
+from pipeline.decoding import EncodedImage
 
-
-class BadImageError(ValueError):
-    """The bytes are not an image Pillow can decode."""
+Box = tuple[int, int, int, int]
+"""left, upper, right, lower in pixels."""
+_KEPT_FACTOR = 2  # a decoded crop has at least this many times the pixels per side that are needed
 
 
-def decode_image(encoded: bytes) -> Image.Image:
-    """Decode to an RGB image.
+def random_resized_crop(
+    encoded: bytes,
+    generator: np.random.Generator,
+    *,
+    image_size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip_prob: float,
+) -> NDArray[np.uint8]:
+    """Decode, crop, resize and flip -> (image_size, image_size, 3) uint8 RGB.
+
+    Args:
+        encoded: bytes of an image file.
+        generator: source of the numbers.
+        image_size: side of the crop in pixels.
+        scale: range of the crop's area, as a share of the image.
+        ratio: range of width / height, drawn uniformly in the logarithm.
+        flip_prob: probability of a horizontal flip.
 
     Raises:
-        BadImageError: truncated, corrupt, not an image, or a decompression bomb.
+        BadImageError: see `decoding.decode_image`.
     """
-    try:
-        file = Image.open(io.BytesIO(encoded))
-        file.load()
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16- or 32-bit grey: RGB conversion would clip at 255
-            grey = np.asarray(image).astype(np.float32)
-            scale = 255 / 65535 if grey.max() > 255 else 1.0
-            image = Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
-    except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
-        raise BadImageError(f"{type(error).__name__}: {error}") from error
+    image = EncodedImage.open(encoded)
+    box = random_crop_box(generator, image.size, scale, ratio)
+    is_flipped = generator.random() < flip_prob
+    pixels = image.decode(_reduction(box, image_size))
+    left, upper, right, lower = _scale_box(box, image.size, pixels)
+    crop = resize(pixels[upper:lower, left:right], image_size, image_size)
+    return crop[:, ::-1] if is_flipped else crop
 
 
 def random_crop_box(
@@ -66,24 +76,35 @@ def random_crop_box(
             upper = int(generator.integers(0, height - h + 1))
             return (left, upper, left + w, upper + h)
     aspect = min(max(width / height, ratio[0]), ratio[1])
-    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    w = max(1, min(width, round(height * aspect)))
+    h = max(1, min(height, round(width / aspect)))
     left, upper = (width - w) // 2, (height - h) // 2
     return (left, upper, left + w, upper + h)
 
 
-def crop_image(
-    image: Image.Image,
-    generator: np.random.Generator,
-    *,
-    image_size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    flip_prob: float,
-) -> NDArray[np.uint8]:
-    """Random resized crop (antialiased bicubic) and flip -> (image_size, image_size, 3) uint8."""
-    box = random_crop_box(generator, image.size, scale, ratio)
-    crop = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
-    pixels = np.asarray(crop)
-    if generator.random() < flip_prob:
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
+def resize(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """Antialiased bicubic resize of (H, W, 3) uint8 to (height, width, 3).
+
+    The kernel is Pillow's BICUBIC (a = -0.5), in SIMD integer arithmetic that gives the same bytes
+    on every processor; values differ from Pillow's by 0.2 levels in the mean.
+    """
+    source = ImageData(pixels.shape[1], pixels.shape[0], PixelType.U8x3, pixels.tobytes())
+    target = ImageData(width, height, PixelType.U8x3)
+    options = ResizeOptions(ResizeAlg.convolution(FilterType.catmull_rom))
+    Resizer().resize(source, target, options)
+    return np.frombuffer(target.get_buffer(), np.uint8).reshape(height, width, 3)
+
+
+def _reduction(box: Box, image_size: int) -> int:
+    """Largest of 8, 4, 2, 1 by which a decoder may divide the sides of the image."""
+    side = min(box[2] - box[0], box[3] - box[1])
+    return next((r for r in (8, 4, 2) if side >= r * _KEPT_FACTOR * image_size), 1)
+
+
+def _scale_box(box: Box, size: tuple[int, int], pixels: NDArray[np.uint8]) -> Box:
+    """A box of the whole image in pixels of the decoded one, which may be smaller."""
+    x, y = pixels.shape[1] / size[0], pixels.shape[0] / size[1]
+    if x == y == 1:
+        return box
+    left, upper = math.floor(box[0] * x), math.floor(box[1] * y)
+    return (left, upper, math.ceil(box[2] * x), math.ceil(box[3] * y))
