@@ -243,6 +243,21 @@ def test_a_shard_that_was_cut_off_is_written_again(source: Path, monkeypatch: py
     assert not list(shard.parent.glob("*.part"))
 
 
+def test_notes_without_a_plan_are_not_believed(source: Path, monkeypatch: pytest.MonkeyPatch):
+    config = config_of(source)
+    with monkeypatch.context() as patch:
+        fail_after(patch, 2)
+        with pytest.raises(PreparationFailedError):
+            prepare(config)
+    (Path(config.out) / "_preparing/plan.json").unlink()
+    for shard in Path(config.out).glob("train/*"):
+        shard.unlink()
+    note = Path(config.out) / "_preparing/finished/000000.json"
+    note.write_text(note.read_text().replace('"bad": []', '"bad": [], "shard": null'))
+    prepare(config)
+    assert len(read_rows(Path(config.out) / "train")) == 48
+
+
 def test_a_half_written_set_is_not_taken_for_a_data_set(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ):

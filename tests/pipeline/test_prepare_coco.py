@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from pipeline.coco import parse_annotations
+from pipeline.coco import Annotations, parse_annotations, scale_annotations
 from pipeline.prepare import prepare
 from pipeline.prepare_config import PrepareConfig
 from pipeline.prepare_report import prepare_report
@@ -271,6 +271,13 @@ def test_shrinking_takes_boxes_and_masks_along(tmp_path: Path):
     whole = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([SQUARE], HEIGHT, WIDTH)))
     assert (mask == resize_nearest(whole, (30, 20))).all()
     assert mask.sum() == pytest.approx(300 / 4, rel=0.1)
+
+
+def test_a_shrunk_box_keeps_its_place_where_the_sides_round_differently():
+    found = Annotations([[0.0, 0, 61, 40], [6.1, 4, 30.5, 10]], [0, 0], None, [False] * 2)
+    scaled = scale_annotations(found, (61, 40), (30, 20))
+    assert scaled.boxes == [pytest.approx([0, 0, 30, 20]), pytest.approx([3, 2, 15, 5])]
+    assert scaled.masks is None
 
 
 def test_nearest_resizing_takes_the_pixel_under_the_centre():

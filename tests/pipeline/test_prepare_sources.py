@@ -210,7 +210,7 @@ def test_shrinking_takes_the_mask_along_without_new_ids(tmp_path: Path):
 
 def test_small_images_are_neither_enlarged_nor_encoded_again(tmp_path: Path):
     write_images(tmp_path / "in", ["a.png"])
-    (row,) = prepare_rows(tmp_path / "in", tmp_path / "out", short_side=32)
+    (row,) = prepare_rows(tmp_path / "in", tmp_path / "out", short_side=64)
     assert row["image"] == (tmp_path / "in/a.png").read_bytes()
 
 
