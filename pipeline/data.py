@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,10 +37,11 @@ Batch = dict[str, NDArray[Any]]
 """image (B, S, S, 3) uint8, mask (B, N) bool, position and row (B,) int64, bad (B,) str: the JSON
 of a `BadSample`, or empty."""
 
-_SAMPLES_PER_TASK = 512  # long enough to hide the 10 ms a task costs, short enough for fast starts
+_SAMPLES_PER_TASK = 512  # long enough to hide what starting a task costs, short enough to balance
 _TASKS_PER_DATASET = 1024  # a new dataset costs about a second; this many tasks last minutes
 _MAX_SUBSTITUTES = 16
-_BLOCK_BYTES = 16 * 2**20
+_BRIDGE_SAMPLES = 128
+_MIN_BLOCK_BYTES = 4 * 2**20  # small micro-batches share an object; it costs about 1 ms
 _EXECUTOR_REST_S = 0.02
 
 
@@ -190,24 +193,46 @@ class TrainingBatches:
         self.rank = rank
         self.start_step = start_step
         self.num_steps = num_steps
-        self.stream = sample_stream(config, ray.get(index_ref))
+        self.factory, self.stream = _factory(config, index_ref)
         share = config.data.global_batch_size // config.scaling.num_workers
         self.steps_per_task = max(1, _SAMPLES_PER_TASK // share)
+        self.bridge_steps = max(1, _BRIDGE_SAMPLES // share)
 
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches of `config.batch_size_per_worker` samples, in order."""
         chunk = self.steps_per_task * _TASKS_PER_DATASET
         for first in range(self.start_step, self.num_steps, chunk):
-            last = min(first + chunk, self.num_steps)
-            batches = self._dataset(first, last).iter_batches(
-                batch_size=self.config.batch_size_per_worker,
-                prefetch_batches=self.config.data.prefetch_batches,
-                batch_format="numpy",
-            )
-            for batch, expected in zip(batches, self._micros(first, last), strict=True):
-                in_order = np.array_equal(batch["position"], expected.positions)
-                assert in_order, f"Ray Data returned {batch['position']} for {expected.positions}"
-                yield batch
+            yield from self._chunk(first, min(first + chunk, self.num_steps))
+
+    def _chunk(self, first: int, last: int) -> Iterator[Batch]:
+        """Micro-batches of the steps first..last-1, from one dataset.
+
+        Ray Data needs seconds to start its processes. Meanwhile the first steps' samples are made
+        here; they are the same whoever makes them.
+        """
+        bridged = min(last, first + self.bridge_steps)
+        batches = iter(self._ray_batches(bridged, last))
+        starter = ThreadPoolExecutor(1, "start-data")
+        head = starter.submit(next, batches, None)
+        starter.shutdown(wait=False)
+        for micro in self._micros(first, bridged):
+            yield self.factory.batch(micro)
+        rest = chain([head.result()], batches) if bridged < last else ()
+        for batch, expected in zip(rest, self._micros(bridged, last), strict=True):
+            assert batch is not None, f"Ray Data ended before {expected.positions}"
+            in_order = np.array_equal(batch["position"], expected.positions)
+            assert in_order, f"Ray Data returned {batch['position']} for {expected.positions}"
+            yield batch
+
+    def _ray_batches(self, first: int, last: int) -> Iterable[Batch]:
+        if first == last:
+            return ()
+        batches: Iterable[Batch] = self._dataset(first, last).iter_batches(
+            batch_size=self.config.batch_size_per_worker,
+            prefetch_batches=self.config.data.prefetch_batches,
+            batch_format="numpy",
+        )
+        return batches
 
     def _micros(self, first: int, last: int) -> Iterator[Draws]:
         """The worker's micro-batches of the steps first..last-1."""
@@ -231,7 +256,9 @@ class TrainingBatches:
         )
         context = dataset.context
         context.enable_progress_bars = False
-        context.target_max_block_size = _BLOCK_BYTES
+        # A micro-batch is a block, where it is large enough: cutting and joining would copy it.
+        micro_bytes = self.config.batch_size_per_worker * self.config.data.image_size**2 * 3
+        context.target_max_block_size = max(_MIN_BLOCK_BYTES, micro_bytes)
         context.execution_options.preserve_order = True
         context.custom_execution_callback_classes = [_LoopThrottle]
         # Every worker runs its own executor; none may take the CPUs of another.

@@ -66,9 +66,9 @@ def _read_rows(
         wanted[record["path"], record["row_group"]][record["row"]] = i
     for (name, row_group), places in sorted(wanted.items()):
         try:
-            for row, encoded in _stream_row_group(filesystem, f"{inner}/{name}", row_group, column):
+            for row, value in _stream_row_group(filesystem, f"{inner}/{name}", row_group, column):
                 if row in places:
-                    yield places.pop(row), encoded
+                    yield places.pop(row), _image_bytes(value.as_py())
         except storage.StorageUnavailableError:
             raise
         except storage.ABSENT_ERRORS as error:
@@ -80,8 +80,8 @@ def _read_rows(
 
 def _stream_row_group(
     filesystem: fs.FileSystem, path: str, row_group: int, column: str
-) -> Iterator[tuple[int, bytes]]:
-    """Row in the group, and its bytes."""
+) -> Iterator[tuple[int, pa.Scalar]]:
+    """Row in the group, and what the column holds there."""
     first = 0
     with storage.open_retrying(filesystem, path) as stream:
         file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_BUFFER_BYTES)
@@ -90,7 +90,7 @@ def _stream_row_group(
         )
         for batch in batches:
             for row, value in enumerate(batch.column(0)):
-                yield first + row, _image_bytes(value.as_py())
+                yield first + row, value
             first += batch.num_rows
 
 
