@@ -10,9 +10,11 @@ Pillow. The rules, for any format:
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +26,7 @@ MAX_PIXELS = 178_956_970  # where Pillow, too, takes an image for a decompressio
 _JPEG_START = b"\xff\xd8\xff"
 _EXIF_SEARCH_BYTES = 2**16  # EXIF lies in one of the first segments; missing it means no rotation
 _ORIENTATION_TAG = 0x0112
+_PNG_EXIF_MARKERS = (b"eXIf", b"Raw profile type exif")
 _TRANSPOSED = (5, 6, 7, 8)
 
 
@@ -78,7 +81,7 @@ class EncodedImage:
     @classmethod
     def _open_any(cls, encoded: bytes) -> EncodedImage:
         try:
-            with warnings.catch_warnings(), Image.open(io.BytesIO(encoded)) as file:
+            with _opened(encoded) as file:
                 return cls(encoded, file.size, _orientation(encoded), False)
         except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
             raise BadImageError(f"{type(error).__name__}: {error}") from error
@@ -127,10 +130,17 @@ def decode_image(encoded: bytes) -> NDArray[np.uint8]:
     return EncodedImage.open(encoded).decode()
 
 
+@contextlib.contextmanager
+def _opened(encoded: bytes) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of bombs half the size of ours, of odd metadata
+        with Image.open(io.BytesIO(encoded)) as file:
+            yield file
+
+
 def _decode_any(encoded: bytes) -> NDArray[np.uint8]:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(encoded)) as file:
-            warnings.simplefilter("ignore")  # of bombs half the size of ours, of odd metadata
+        with _opened(encoded) as file:
             file.load()
             is_deep = file.mode.startswith("I") or file.mode == "F"
             return np.asarray((_to_8_bits(file) if is_deep else file).convert("RGB"))
@@ -151,9 +161,13 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _orientation(encoded: bytes) -> int:
-    """EXIF orientation 1 to 8; 1 when there is none or it cannot be read."""
+    """EXIF orientation 1 to 8; 1 when there is none, it cannot be read, or Pillow has obeyed it."""
     try:
-        with Image.open(io.BytesIO(encoded)) as file:
+        with _opened(encoded) as file:
+            if file.format == "TIFF":  # Pillow rotates TIFFs, and only them, while it loads them
+                return 1
+            if file.format == "PNG" and not any(marker in encoded for marker in _PNG_EXIF_MARKERS):
+                return 1  # asking Pillow would decode all pixels, as EXIF may follow them
             value = file.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # whatever Pillow's EXIF reader trips over
         return 1
