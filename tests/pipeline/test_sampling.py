@@ -202,14 +202,15 @@ def test_a_step_is_a_range_of_the_stream(sizes: Sizes, window: int, batch: int, 
     stream = SampleStream(0, sizes, window)
     positions, epochs, rows = stream.step(step, batch)
     assert sorted(positions.tolist()) == list(range(step * batch, (step + 1) * batch))
-    assert all(np.array_equal(*pair) for pair in zip(stream.at(positions), (epochs, rows)))
+    for left, right in zip(stream.at(positions), (epochs, rows), strict=True):
+        assert np.array_equal(left, right)
 
 
 def test_steps_of_a_data_set_of_a_trillion_files_take_no_memory() -> None:
     stream = SampleStream(0, 10**12, 1)
     _, epochs, rows = stream.step(10**9, 4096)
     assert set(epochs.tolist()) == {4}
-    assert len(np.unique(rows)) == 4096 and 0 <= rows.min() and rows.max() < 10**12
+    assert len(np.unique(rows)) == 4096 and rows.min() >= 0 and rows.max() < 10**12
 
 
 def test_stream_forgets_old_epochs_and_windows_without_changing_them() -> None:
