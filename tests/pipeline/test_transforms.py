@@ -1,115 +1,25 @@
-"""Decoding rules, bad bytes, crop boxes and crops."""
+"""Crop boxes by torchvision's rule, crops resized as Pillow does it, and cheap decoding."""
 
 from __future__ import annotations
 
-import struct
-import zlib
-
 import numpy as np
 import pytest
+from cykooz_resizer import CpuExtensions, Resizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.transforms import BadImageError, Box, crop_image, decode_image, random_crop_box
-from tests.pipeline.samples import encode, noise_image
+from pipeline import transforms
+from pipeline.decoding import BadImageError, EncodedImage
+from pipeline.transforms import Box, random_crop_box, random_resized_crop, resize
+from tests.pipeline.samples import bad_images, encode, exif, noise_image, odd_images
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
-def flat(mode: str, colour: int | tuple[int, ...]) -> Image.Image:
-    return Image.new(mode, (16, 16), colour)
-
-
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
-def test_exif_rotation_is_applied(image_format: str) -> None:
-    image = Image.new("RGB", (32, 16), RED)
-    image.paste(BLUE, (16, 0, 32, 16))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn clockwise by 90 degrees, the left half comes up
-    decoded = decode_image(encode(image, image_format, exif=exif))
-    assert decoded.size == (16, 32)
-    # JPEG and lossy WebP move flat colours by a few levels.
-    np.testing.assert_allclose(decoded.getpixel((8, 4)), RED, atol=8)
-    np.testing.assert_allclose(decoded.getpixel((8, 28)), BLUE, atol=8)
-
-
-@pytest.mark.parametrize(
-    ("image", "image_format", "expected"),
-    [
-        (flat("RGB", (10, 20, 30)), "PNG", (10, 20, 30)),
-        (flat("CMYK", (0, 255, 255, 0)), "TIFF", RED),
-        (flat("L", 77), "PNG", (77, 77, 77)),
-        (flat("1", 1), "PNG", (255, 255, 255)),
-        (flat("RGB", (10, 20, 30)).quantize(2), "PNG", (10, 20, 30)),
-        (flat("RGBA", (10, 20, 30, 0)), "PNG", (10, 20, 30)),
-        (flat("LA", (77, 128)), "PNG", (77, 77, 77)),
-    ],
-    ids=["rgb", "cmyk", "grey", "bilevel", "palette", "transparent", "grey-alpha"],
-)
-def test_every_mode_becomes_rgb_with_its_colour(
-    image: Image.Image, image_format: str, expected: tuple[int, int, int]
-) -> None:
-    decoded = decode_image(encode(image, image_format))
-    assert decoded.mode == "RGB"
-    assert decoded.getcolors() == [(256, expected)]
-
-
-def test_cmyk_jpeg_is_not_inverted() -> None:
-    decoded = decode_image(encode(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=95))
-    np.testing.assert_allclose(decoded.getpixel((8, 8)), RED, atol=4)  # JPEG rounding
-
-
-def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
-    levels = np.arange(256, dtype=np.uint16)
-    encoded = encode(Image.fromarray((levels * 257).reshape(16, 16)), "PNG")
-    np.testing.assert_array_equal(np.asarray(decode_image(encoded))[..., 1].ravel(), levels)
-
-
-def test_32_bit_grey_with_8_bit_values_keeps_them() -> None:
-    levels = np.arange(256, dtype=np.int32)
-    decoded = decode_image(encode(Image.fromarray(levels.reshape(16, 16)), "TIFF"))
-    np.testing.assert_array_equal(np.asarray(decoded)[..., 0].ravel(), levels)
-
-
-def test_first_frame_of_an_animation_is_used() -> None:
-    frames = [flat("RGB", RED), flat("RGB", BLUE)]
-    encoded = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert decode_image(encoded).getcolors() == [(256, RED)]
-
-
-def first_half(image_format: str) -> bytes:
-    encoded = encode(noise_image(0), image_format)
-    return encoded[: len(encoded) // 2]
-
-
-@pytest.mark.parametrize(
-    "encoded",
-    [
-        b"",
-        b"<html>404 not found</html>",
-        b"\xff" * 500,
-        encode(noise_image(0), "PNG").replace(b"IHDR", b"IHDX"),
-        *(
-            first_half(image_format)
-            for image_format in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
-        ),
-    ],
-    ids=["empty", "html", "ones", "header", "jpeg", "png", "webp", "gif", "tiff", "bmp"],
-)
-def test_corrupt_or_truncated_bytes_are_a_bad_image(encoded: bytes) -> None:
-    with pytest.raises(BadImageError, match=r"^\w+: "):
-        decode_image(encoded)
-
-
-def test_decompression_bomb_is_a_bad_image() -> None:
-    encoded = encode(flat("1", 0), "PNG")
-    header = struct.pack(">4sII", b"IHDR", 50_000, 50_000) + encoded[24:29]
-    bomb = encoded[:12] + header + struct.pack(">I", zlib.crc32(header)) + encoded[33:]
-    with pytest.raises(BadImageError, match=r"DecompressionBombError: .*2500000000 pixels"):
-        decode_image(bomb)
+# ---- boxes ----
 
 
 def crop_box(seed: int, size: tuple[int, int]) -> Box:
@@ -174,14 +84,95 @@ def test_crops_reach_every_place_and_size() -> None:
     assert 0.98 < np.median((right - left) / (lower - upper)) < 1.02  # uniform in the logarithm
 
 
+# ---- resizing ----
+
+
+def muted_noise(size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Noise around grey: the kernel's overshoot stays between 0 and 255."""
+    return np.asarray(noise_image(0, size)) // 4 + 96
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    target=st.tuples(st.integers(1, 128), st.integers(1, 128)),
+)
+def test_resize_is_pillows_bicubic(size: tuple[int, int], target: tuple[int, int]) -> None:
+    pixels = muted_noise(size)
+    resized = resize(pixels, *target)
+    expected = Image.fromarray(pixels).resize(target, Image.Resampling.BICUBIC)
+    assert (resized.shape, resized.dtype) == ((target[1], target[0], 3), np.uint8)
+    error = np.abs(resized.astype(int) - np.asarray(expected))
+    # Both round twice, after columns and after rows, in the opposite order: a level each.
+    assert error.max() <= 2
+    assert error.mean() < 0.5
+
+
+@pytest.mark.parametrize(("size", "target", "largest"), [((900, 700), 64, 2), ((40, 32), 224, 40)])
+def test_resize_of_hard_noise_differs_from_pillow_where_the_kernel_overshoots(
+    size: tuple[int, int], target: int, largest: int
+) -> None:
+    """Enlarging black next to white overshoots; which pass clips it first makes a difference."""
+    image = noise_image(0, size)
+    expected = np.asarray(image.resize((target, target), Image.Resampling.BICUBIC))
+    error = np.abs(resize(np.asarray(image), target, target).astype(int) - expected)
+    assert error.max() <= largest
+    assert error.mean() < 0.5
+
+
+@pytest.mark.parametrize(("size", "target"), [((300, 200), 64), ((40, 33), 96), ((7, 500), 32)])
+def test_resize_gives_the_same_bytes_on_every_processor(
+    size: tuple[int, int], target: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, used = [], set()
+    for extensions in CpuExtensions:
+
+        def restricted(extensions: CpuExtensions = extensions) -> Resizer:
+            resizer = Resizer()
+            resizer.cpu_extensions = extensions  # one this processor lacks changes nothing
+            used.add(resizer.cpu_extensions)
+            return resizer
+
+        monkeypatch.setattr(transforms, "Resizer", restricted)
+        results.append(resize(np.asarray(noise_image(0, size)), target, target).tobytes())
+    assert len(used) >= 2, "the plain code and what this processor has"
+    assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (64, 64), (37, 90)])
+def test_resize_to_the_same_size_changes_nothing(size: tuple[int, int]) -> None:
+    pixels = np.asarray(noise_image(0, size))
+    np.testing.assert_array_equal(resize(pixels, *size), pixels)
+
+
+def test_resize_takes_views_of_an_image() -> None:
+    pixels = np.asarray(noise_image(0, (80, 60)))
+    view = pixels[5:41, 10:70][:, ::-1]
+    np.testing.assert_array_equal(resize(view, 32, 32), resize(view.copy(), 32, 32))
+
+
+def test_shrinking_averages_a_checkerboard_to_grey() -> None:
+    board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
+    inner = resize(np.stack([board] * 3, -1), 32, 32)[2:-2, 2:-2]
+    assert np.abs(inner - 127.5).max() <= 1.5  # without antialiasing: 127.5
+
+
+# ---- crops ----
+
+
 def crop(
-    image: Image.Image, *, flip_prob: float = 0.0, whole: bool = False, seed: int = 0
+    encoded: bytes,
+    *,
+    flip_prob: float = 0.0,
+    whole: bool = False,
+    seed: int = 0,
+    image_size: int = 32,
 ) -> NDArray[np.uint8]:
-    """A crop of 32 pixels; of the whole image if asked."""
-    return crop_image(
-        image,
+    """A crop; of the whole image if asked."""
+    return random_resized_crop(
+        encoded,
         np.random.default_rng(seed),
-        image_size=32,
+        image_size=image_size,
         scale=(1.0, 1.0) if whole else SCALE,
         ratio=(1.0, 1.0) if whole else RATIO,
         flip_prob=flip_prob,
@@ -189,20 +180,53 @@ def crop(
 
 
 @pytest.mark.parametrize("size", [(300, 200), (7, 5), (1, 1), (400, 3)])
-def test_crop_of_any_image_has_the_asked_size_and_is_contiguous_uint8(
-    size: tuple[int, int],
-) -> None:
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+def test_crop_of_any_image_has_the_asked_size(size: tuple[int, int], image_format: str) -> None:
     for flip_prob in (0.0, 1.0):
-        pixels = crop(noise_image(0, size), flip_prob=flip_prob)
-        assert pixels.shape == (32, 32, 3)
-        assert pixels.dtype == np.uint8
-        assert pixels.flags.c_contiguous
+        pixels = crop(encode(noise_image(0, size), image_format), flip_prob=flip_prob)
+        assert (pixels.shape, pixels.dtype) == ((32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("name", odd_images())
+def test_odd_files_give_crops(name: str) -> None:
+    assert crop(odd_images()[name]).shape == (32, 32, 3)
+
+
+def test_crop_of_one_pixel_is_its_colour() -> None:
+    assert (crop(encode(Image.new("RGB", (1, 1), (9, 8, 7)))) == (9, 8, 7)).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_crop_is_the_box_of_the_image_resized_alone(seed: int) -> None:
+    image = noise_image(1, (120, 90))
+    box = crop_box(seed, image.size)  # drawn first from the same numbers
+    expected = resize(np.asarray(image.crop(box)), 32, 32)
+    np.testing.assert_array_equal(crop(encode(image), seed=seed), expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pixels_outside_the_box_do_not_matter(seed: int) -> None:
+    pixels = np.asarray(noise_image(1, (120, 90)))
+    left, upper, right, lower = crop_box(seed, (120, 90))
+    other = 255 - pixels
+    other[upper:lower, left:right] = pixels[upper:lower, left:right]
+    before, after = (crop(encode(Image.fromarray(p)), seed=seed) for p in (pixels, other))
+    np.testing.assert_array_equal(before, after)
+
+
+def test_boxes_are_drawn_in_the_frame_a_viewer_sees() -> None:
+    """The same picture stored upright and stored rotated gives the same crop."""
+    image = noise_image(1, (120, 90))
+    rotated = image.transpose(Image.Transpose.ROTATE_90)
+    for seed in range(5):
+        upright, turned = encode(image), encode(rotated, exif=exif(6))
+        np.testing.assert_array_equal(crop(upright, seed=seed), crop(turned, seed=seed))
 
 
 def test_flipped_crop_mirrors_the_unflipped_one() -> None:
     ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (64, 64, 3))
-    image = Image.fromarray(np.ascontiguousarray(ramp))
-    plain, flipped = (crop(image, flip_prob=p) for p in (0.0, 1.0))
+    encoded = encode(Image.fromarray(np.ascontiguousarray(ramp)))
+    plain, flipped = (crop(encoded, flip_prob=p) for p in (0.0, 1.0))
     assert np.all(np.diff(plain[0, :, 0].astype(int)) >= 0), "unflipped, the ramp rises"
     np.testing.assert_array_equal(flipped, plain[:, ::-1])
 
@@ -210,12 +234,76 @@ def test_flipped_crop_mirrors_the_unflipped_one() -> None:
 def test_half_of_the_crops_are_flipped_at_probability_one_half() -> None:
     image = Image.new("RGB", (8, 8), RED)
     image.paste(BLUE, (4, 0, 8, 8))
-    flips = sum(crop(image, flip_prob=0.5, whole=True, seed=i)[0, 0, 2] > 128 for i in range(1000))
-    assert abs(flips - 500) < 5 * 250**0.5  # 5 standard deviations
+    encoded = encode(image)
+    flips = sum(crop(encoded, flip_prob=0.5, whole=True, seed=i)[0, 0, 2] > 128 for i in range(500))
+    assert abs(flips - 250) < 5 * 125**0.5  # 5 standard deviations
 
 
-def test_shrinking_averages_a_checkerboard_to_grey() -> None:
-    board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
-    pixels = crop(Image.fromarray(board).convert("RGB"), whole=True)
-    inner = pixels[2:-2, 2:-2].astype(int)  # the border lacks neighbours on one side
-    assert np.abs(inner - 127.5).max() <= 1.5  # without antialiasing: 127.5
+# ---- decoding less of a large JPEG ----
+
+
+@pytest.fixture
+def reductions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What decoders are asked to divide by."""
+    asked: list[int] = []
+    decode = EncodedImage.decode
+
+    def remember(self: EncodedImage, reduction: int = 1) -> NDArray[np.uint8]:
+        asked.append(reduction)
+        return decode(self, reduction)
+
+    monkeypatch.setattr(EncodedImage, "decode", remember)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("side", "reduction"), [(32, 1), (127, 1), (128, 2), (255, 2), (256, 4), (512, 8), (5000, 8)]
+)
+def test_decoded_crop_keeps_twice_the_pixels_it_needs(
+    side: int, reduction: int, reductions: list[int]
+) -> None:
+    encoded = encode(Image.new("RGB", (side, side), RED), "JPEG")
+    crop(encoded, whole=True)
+    assert reductions == [reduction]
+    assert reduction == 1 or side / reduction >= 2 * 32
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("image_size", [32, 64, 128])
+def test_crop_of_a_large_jpeg_is_close_to_that_of_all_its_pixels(
+    image_size: int,
+    subsampling: int,
+    reductions: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    coarse = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((1200, 900), Image.Resampling.BICUBIC)
+    encoded = encode(image, "JPEG", quality=90, subsampling=subsampling)
+    reduced = [crop(encoded, seed=seed, image_size=image_size) for seed in range(6)]
+    assert max(reductions) > 1
+    monkeypatch.setattr(transforms, "_reduction", lambda box, size: 1)
+    whole = [crop(encoded, seed=seed, image_size=image_size) for seed in range(6)]
+    for left, right in zip(reduced, whole, strict=True):
+        error = np.abs(left.astype(int) - right)
+        # The box is widened to whole pixels of the reduced image: by one in 2 * image_size, which
+        # moves each end by less than half a pixel of the crop.
+        assert error.mean() < 4
+        assert error.max() < 24
+
+
+def test_box_of_a_rotated_large_jpeg_is_scaled_in_the_rotated_frame(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    coarse = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((1203, 901), Image.Resampling.BICUBIC)
+    encoded = encode(image, "JPEG", quality=90, exif=exif(6))
+    reduced = [crop(encoded, seed=seed) for seed in range(4)]
+    monkeypatch.setattr(transforms, "_reduction", lambda box, size: 1)
+    for seed, pixels in enumerate(reduced):
+        assert np.abs(pixels.astype(int) - crop(encoded, seed=seed)).mean() < 4  # as above
+
+
+@pytest.mark.parametrize("name", bad_images())
+def test_bad_images_raise_before_any_crop_is_made(name: str) -> None:
+    with pytest.raises(BadImageError):
+        crop(bad_images()[name][0])
