@@ -21,12 +21,14 @@ from PIL import Image
 from pyarrow import fs
 
 from pipeline import storage
+from pipeline.plan_folder import WORK_FOLDER
 from pipeline.quarantine import BadSample
-from pipeline.shards import Manifest
+from pipeline.shards import MANIFEST_FILE, SHARD_SCHEMA, Manifest
 
 logger = logging.getLogger(__name__)
 PARQUET_SUFFIXES = (".parquet", ".pq")
 MAX_GROUP_BYTES = 2**30
+_NUM_TELLING = 5  # columns of a shard before the first nested one, which Parquet spells otherwise
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,13 @@ def build_index(path: str, setting: str = "data.path", max_bad_fraction: float =
     manifest = Manifest.read(filesystem, root) if kind == fs.FileType.Directory else None
     if manifest is not None:
         return _index_prepared(where, manifest, files, setting, max_bad_fraction)
+    unfinished = _unfinished(setting, path, files) if kind == fs.FileType.Directory else ""
+    if unfinished and any(WORK_FOLDER in _name(root, f.path).split("/") for f in files):
+        raise ValueError(unfinished)
     parquet = [f for f in files if f.path.lower().endswith(PARQUET_SUFFIXES)]
     if parquet:
-        return _index_parquet(where, filesystem, root, parquet, setting, max_bad_fraction)
+        limits = (setting, max_bad_fraction, unfinished)
+        return _index_parquet(where, filesystem, root, parquet, *limits)
     readable = readable_suffixes()
     images = [f for f in files if _suffix(f.path) in readable]
     if not images:
@@ -97,6 +103,18 @@ def build_index(path: str, setting: str = "data.path", max_bad_fraction: float =
         )
     names = pa.array([_name(root, f.path) for f in images], pa.string())
     return Index(where, pa.table({"file": names}), is_parquet=False)
+
+
+def _unfinished(setting: str, path: str, files: Sequence[fs.FileInfo]) -> str:
+    """Why shards without a manifest, or a folder of several data sets, are not taken for one."""
+    manifests = [f.path for f in files if f.path.endswith(f"/{MANIFEST_FILE}")]
+    whole = [manifest.rsplit("/", 1)[0] for manifest in manifests]
+    way_out = f"give one of the finished sets in it ({', '.join(whole)}), or " if whole else ""
+    return (
+        f"{setting}='{path}' holds shards of a prepared data set without its {MANIFEST_FILE}, so "
+        f"they may be not all of it; {way_out}repeat jobs/prepare_data.py, which goes on where it "
+        "stopped"
+    )
 
 
 def readable_suffixes() -> set[str]:
@@ -147,8 +165,9 @@ def _index_parquet(
     files: Sequence[fs.FileInfo],
     setting: str,
     max_bad_fraction: float,
+    unfinished: str,
 ) -> Index:
-    """Index from the footers of all files."""
+    """Index from the footers of all files; `unfinished` refuses shards of a prepared data set."""
     readable: list[tuple[str, list[int]]] = []
     bad: list[BadSample] = []
     for file in files:
@@ -160,6 +179,8 @@ def _index_parquet(
         except (OSError, pa.ArrowInvalid) as error:
             bad.append(BadSample.of(str(file.path), None, error))
             continue
+        if unfinished and metadata.schema.names[:_NUM_TELLING] == SHARD_SCHEMA.names[:_NUM_TELLING]:
+            raise ValueError(unfinished)
         groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
         _check_group_bytes(file.path, [group.total_byte_size for group in groups])
         readable.append((_name(root, file.path), [group.num_rows for group in groups]))
