@@ -1,8 +1,8 @@
 """Writing one planned shard: read, check, write, note. Runs in a Ray task; knows nothing of Ray.
 
-Memory: the shard's images once as they are read and once as an Arrow table. Surprising: the result
-is the same to the byte whenever and wherever it is written, so two tasks that write one shard
-(after a kill, or a retry by Ray) cannot harm each other.
+Memory: about twice the encoded images of one shard. Surprising: the result is the same to the byte
+whenever and wherever it is written, so two tasks that write one shard (after a kill, or a retry by
+Ray) cannot harm each other.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ def write_planned_shard(out: str, number: int) -> FinishedShard:
     settings = plan.settings
     checker = SampleChecker(verify=settings["verify"], short_side=settings["short_side"])
     rows, bad = _read_rows(plan, records, checker)
-    table = pa.Table.from_pylist(rows, schema=SHARD_SCHEMA)
-    rows.clear()
+    table = _to_table(rows)
     planned = plan.shards[number]
     shard = None
     if table.num_rows:
@@ -90,6 +89,16 @@ def _read_rows(
             # A memory address would make two runs differ.
             bad.append(found._replace(message=_ADDRESS.sub("", found.message)))
     return [rows[i] for i in sorted(rows)], bad
+
+
+def _to_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows as a table, a row group at a time; empties the list, so that images are held once."""
+    batches = []
+    rows.reverse()
+    while rows:
+        some = [rows.pop() for _ in range(min(ROWS_PER_GROUP, len(rows)))]
+        batches.append(pa.RecordBatch.from_pylist(some, schema=SHARD_SCHEMA))
+    return pa.Table.from_batches(batches, schema=SHARD_SCHEMA)
 
 
 def _read_mask(filesystem: fs.FileSystem, root: str, path: str) -> bytes:

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import sample_reader, storage
+from pipeline.prepare import PreparationFailedError
 from pipeline.prepare_config import PrepareConfig
 from pipeline.quarantine import read_quarantine
 from pipeline.record_sources import open_source
@@ -148,6 +150,29 @@ def test_plain_bytes_come_back_with_the_ids_of_raw_training(tmp_path: Path):
     assert [row["name"] for row in rows] != sorted(expected)
     assert all(row["sample_id"] == stable_id(row["name"]) for row in rows)
     assert build_index(str(tmp_path / "in")).num_samples == len(rows)
+
+
+def test_long_row_groups_are_streamed_without_mixing_up_rows(tmp_path: Path):
+    images = [image_bytes(i, (8, 8)) for i in range(150)]
+    table = pa.table({"image": images, "label": [i % 7 for i in range(150)]})
+    pq.write_table(table, tmp_path / "a.parquet")  # one row group, read 64 rows at a time
+    rows = prepare_rows(tmp_path / "a.parquet", tmp_path / "out", shard_mb=0.01)
+    assert len(read_manifest(tmp_path / "out/train").shards) > 1
+    found = {int(row["name"].split(":")[1]): (row["image"], row["label"]) for row in rows}
+    assert found == {i: (image, i % 7) for i, image in enumerate(images)}
+
+
+def test_a_network_error_while_reading_parquet_is_no_bad_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_parquet(tmp_path / "a.parquet", {"image": IMAGES})
+
+    def fail(*_: Any) -> Any:
+        raise storage.StorageUnavailableError("reading a.parquet failed 6 times")
+
+    monkeypatch.setattr(sample_reader, "_stream_row_group", fail)
+    with pytest.raises(PreparationFailedError, match=r"a\.parquet failed 6 times"):
+        prepare_rows(tmp_path / "a.parquet", tmp_path / "out", max_bad_fraction=1.0)
 
 
 def test_hugging_face_exports_keep_labels_and_class_names(tmp_path: Path):
