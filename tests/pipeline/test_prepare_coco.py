@@ -20,7 +20,7 @@ from pipeline.prepare import prepare
 from pipeline.prepare_config import PrepareConfig
 from pipeline.prepare_report import prepare_report
 from pipeline.quarantine import read_quarantine
-from pipeline.run_lengths import decode_runs, resize_nearest, run_lengths
+from pipeline.run_lengths import decode_runs, resize_nearest
 from tests.pipeline.preparing import no_ray, prepare_rows, read_manifest
 from tests.pipeline.samples import encode, noise_image
 
@@ -179,17 +179,6 @@ def test_a_mask_that_makes_no_sense_is_dropped_and_its_box_kept(
         assert coco_mask.area({"size": [HEIGHT, WIDTH], "counts": mask}) == 20 * 15
 
 
-def test_run_lengths_are_read_as_pycocotools_writes_them():
-    generator = np.random.default_rng(3)
-    for density in (0.0, 0.01, 0.5, 1.0):
-        pixels = (generator.random((300, 500)) < density).astype(np.uint8)
-        runs = decode_runs(coco_mask.encode(np.asfortranarray(pixels))["counts"])
-        flat = pixels.ravel(order="F")
-        changes = np.flatnonzero(np.diff(np.concatenate([[0], flat]))).tolist()
-        assert runs == np.diff([0, *changes, flat.size]).tolist()
-    assert decode_runs(b"o") is None, "cut off inside a number"
-
-
 @pytest.mark.parametrize(
     ("annotation", "message"),
     [
@@ -278,20 +267,6 @@ def test_a_shrunk_box_keeps_its_place_where_the_sides_round_differently():
     scaled = scale_annotations(found, (61, 40), (30, 20))
     assert scaled.boxes == [pytest.approx([0, 0, 30, 20]), pytest.approx([3, 2, 15, 5])]
     assert scaled.masks is None
-
-
-def test_nearest_resizing_takes_the_pixel_under_the_centre():
-    pixels = np.arange(12).reshape(2, 6)
-    assert resize_nearest(pixels, (2, 1)).tolist() == [[7, 10]]
-    assert (resize_nearest(pixels, (6, 2)) == pixels).all()
-
-
-def test_absurd_polygons_never_reach_pycocotools(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(coco_mask, "frPyObjects", lambda *_: 1 / 0)
-    counts = Counter[str]()
-    for polygon in ([0, 0, 1e12, 0, 1e12, 1e12], [0, 0, float("inf"), 0, 1, 1], [True]):
-        assert run_lengths([polygon], 10, 10, counts) is None
-    assert run_lengths(5, 10, 10, counts) is None
 
 
 def test_what_was_dropped_is_in_the_report(tmp_path: Path):
