@@ -203,8 +203,10 @@ def pretrain(
 
         is_final = state.step == num_steps
         is_logging = is_final or state.step % run.log_every_steps == 0
+        is_evaluating = is_final or state.step % run.evaluate_every_steps == 0
         record: dict[str, float] = {}
-        if is_logging or state.step % run.checkpoint_every_steps == 0:
+        # Whenever a record may end the run, or a checkpoint is due.
+        if is_logging or is_evaluating or state.step % run.checkpoint_every_steps == 0:
             if share_quarantine(state, new_bad, worker) and worker.is_rank_zero:
                 hooks.on_quarantine(list(state.quarantine.values()))
             new_bad = []
@@ -217,7 +219,7 @@ def pretrain(
             record["data/bad_samples"] = float(len(state.quarantine))
             record |= {**meter.metrics(), **peak_memory_gib(worker.device)}
         with meter.paused():
-            if is_final or state.step % run.evaluate_every_steps == 0:
+            if is_evaluating:
                 record |= evaluate(state, evaluation_batch, config, worker.device)
             if record:
                 latest |= record

@@ -22,6 +22,7 @@ from pipeline.quarantine import (
     QUARANTINE_FILE,
     BadSample,
     TooManyBadSamplesError,
+    read_quarantine,
     write_quarantine,
 )
 from pipeline.run_folder import RunFolder
@@ -35,6 +36,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
         context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
     )
     folder = RunFolder(config)
+    quarantine_file = str(folder.path / QUARANTINE_FILE)
     num_steps = config.num_steps(job["num_samples"])
     trackers: list[tracking.Tracker] = []
     answers: list[ray.ObjectRef] = []
@@ -47,6 +49,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
                     folder.path, **job["mlflow"], start_step=step, system_metrics=system_metrics
                 )
             )
+            if job["bad_files"]:
+                on_quarantine(read_quarantine(quarantine_file))
 
     def on_metrics(step: int, metrics: dict[str, float]) -> bool:
         trackers[0].log(step, metrics)
@@ -55,7 +59,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
         return bool(ray.get(answers.pop(0))) if len(answers) > 1 else False
 
     def on_quarantine(samples: list[BadSample]) -> None:
-        write_quarantine(str(folder.path / QUARANTINE_FILE), [*job["bad_files"], *samples])
+        bad = {sample.path: sample for sample in (*job["bad_files"], *samples)}
+        write_quarantine(quarantine_file, bad.values())
 
     def on_picture(step: int, png: bytes) -> None:
         trackers[0].log_picture(step, png)

@@ -136,7 +136,7 @@ def _fit(
         "num_samples": data.num_samples,
         "train_index": [ray.put(data.train)],  # in lists: handed on as references
         "val_index": [ray.put(data.val)],
-        "bad_files": list(data.train.bad_files) if data.train else [],
+        "bad_files": [bad for index in (data.train, data.val) if index for bad in index.bad_files],
         "mlflow": {"uri": uri, "run_id": run_id},
         "board": board,
     }
