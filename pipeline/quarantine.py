@@ -5,6 +5,7 @@ A bad image never ends a run by itself. Only their number does, above a share th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 
 QUARANTINE_FILE = "quarantine.parquet"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in messages about objects; two runs would differ
 _SCHEMA = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),
@@ -39,7 +41,8 @@ class BadSample(NamedTuple):
     def of(cls, path: str, sample_id: int | None, error: BaseException) -> BadSample:
         """From an exception; its cause, where it has one, says more."""
         origin = error.__cause__ or error
-        return cls(path, sample_id, type(origin).__name__, str(origin) or type(origin).__name__)
+        message = _ADDRESS.sub("", str(origin)) or type(origin).__name__
+        return cls(path, sample_id, type(origin).__name__, message)
 
     def __str__(self) -> str:
         return f"{self.path}: {self.error}: {self.message}"
