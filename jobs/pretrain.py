@@ -47,7 +47,7 @@ def main() -> int:
             logger.info(dry_run(config))
         else:
             logger.info(final_report(config, run_pretraining(config)))
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, RunFailedError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RunFailedError) as error:
         logger.error("error: %s", error)
         return 1
     except KeyboardInterrupt:

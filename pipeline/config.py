@@ -117,6 +117,10 @@ class DataConfig:
             raise ValueError(f"data.crop_scale={self.crop_scale} must satisfy 0 < min <= max <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"data.crop_ratio={self.crop_ratio} must satisfy 0 < min <= max")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(
+                f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]; use 0.01"
+            )
         for key in (
             *("global_batch_size", "num_cpus", "num_eval_crops"),
             *("prefetch_batches", "shuffle_window"),

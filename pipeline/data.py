@@ -40,6 +40,7 @@ of a `BadSample`, or empty."""
 _SAMPLES_PER_TASK = 512  # long enough to hide what starting a task costs, short enough to balance
 _TASKS_PER_DATASET = 1024  # a new dataset costs about a second; this many tasks last minutes
 _MAX_SUBSTITUTES = 16
+_CPUS_PER_TASK = 0.66  # three tasks on two CPUs: while one waits for its turn, the others work
 _BRIDGE_SAMPLES = 128
 _MIN_BLOCK_BYTES = 4 * 2**20  # small micro-batches share an object; it costs about 1 ms
 _EXECUTOR_REST_S = 0.02
@@ -245,6 +246,7 @@ class TrainingBatches:
         dataset = ray.data.range(num_tasks, override_num_blocks=num_tasks).map_batches(
             _load_steps,
             batch_size=None,
+            num_cpus=_CPUS_PER_TASK,
             fn_kwargs={
                 "config": self.config,
                 "index_ref": [self.index_ref],  # in a list, so that Ray passes the reference itself
