@@ -24,7 +24,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet
 import ray
 from PIL import Image
-from pyarrow import fs
 from ray._private.internal_api import node_stats
 
-from pipeline import storage
 from pipeline.cluster import cluster
 from pipeline.config import PretrainConfig, apply_overrides
 from pipeline.data import TrainingBatches
-from pipeline.decoding import EncodedImage
 from pipeline.demo_data import write_demo_photos
+from pipeline.prepare import prepare
+from pipeline.prepare_config import PrepareConfig
 from pipeline.recipes import demo
-from pipeline.reproducibility import sample_generator, stable_id
-from pipeline.shards import SHARD_SCHEMA, Manifest, Shard, write_shard
+from pipeline.reproducibility import sample_generator
 from pipeline.sources import build_index
 from pipeline.transforms import random_resized_crop
 
@@ -66,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), args.num_images)
-        write_parquet(Path(folder), f"{folder}/parquet")
+        prepare_parquet(Path(folder))
         print(json.dumps(measure(Path(folder), args.rounds, args.num_images, args.num_cpus)))
 
 
@@ -74,12 +71,13 @@ def measure(folder: Path, rounds: int, num_images: int, num_cpus: int) -> dict[s
     """Medians over the rounds, and what they are relative to each other."""
     runs: dict[str, list[dict[str, float]]] = {}
     for number in range(rounds):
-        for name, run in {
-            "dataloader": lambda: measure_dataloader(folder / "images", num_images, num_cpus),
-            "parquet": lambda: measure_ours(folder / "parquet", num_images, num_cpus),
-            "folder": lambda: measure_ours(folder / "images", num_images, num_cpus),
-            "ceiling": lambda: measure_ceiling(folder / "images", num_cpus),
-        }.items():
+        measurements = {
+            "dataloader": partial(measure_dataloader, folder / "images", num_images, num_cpus),
+            "parquet": partial(measure_ours, folder / "prepared" / "train", num_images, num_cpus),
+            "folder": partial(measure_ours, folder / "images", num_images, num_cpus),
+            "ceiling": partial(measure_ceiling, folder / "images", num_cpus),
+        }
+        for name, run in measurements.items():
             result = run()
             runs.setdefault(name, []).append(result)
             shown = "  ".join(f"{key} {value:.5g}" for key, value in result.items())
@@ -160,9 +158,7 @@ def measure_ours(path: Path, num_images: int, num_cpus: int) -> dict[str, float]
     num_steps = num_images * PASSES // BATCH_SIZE
     index = build_index(str(path))
     with cluster(config), Watch() as watch:
-        batches = TrainingBatches(
-            config, ray.put(index), rank=0, start_step=0, num_steps=num_steps
-        )
+        batches = TrainingBatches(config, ray.put(index), rank=0, start_step=0, num_steps=num_steps)
         sizes = (len(batch["image"]) for batch in batches)
         rate, first_s = steady_rate(sizes, num_steps * BATCH_SIZE)
     return {
@@ -197,7 +193,8 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
-        gcs = ray.get_runtime_context().gcs_address
+        node = next(node for node in ray.nodes() if node["Alive"])
+        address = node["NodeManagerAddress"], node["NodeManagerPort"]
         while not self._stop.wait(0.5):
             for process in psutil.Process().children(recursive=True):
                 try:
@@ -206,7 +203,7 @@ class Watch:
                         self.rss_mb = max(self.rss_mb, (memory.rss - memory.shared) / 2**20)
                 except psutil.Error:
                     continue  # it has ended
-            store = node_stats(*_address(gcs)).store_stats
+            store = node_stats(*address).store_stats
             self.store_mb = max(self.store_mb, store.object_store_bytes_used / 2**20)
 
     def __enter__(self) -> Watch:
@@ -216,11 +213,6 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-
-
-def _address(_: str) -> tuple[str, int]:
-    node = next(n for n in ray.nodes() if n["Alive"])
-    return node["NodeManagerAddress"], node["NodeManagerPort"]
 
 
 def measure_ceiling(folder: Path, num_cpus: int) -> dict[str, float]:
@@ -272,30 +264,9 @@ def write_images(folder: Path, num_images: int) -> None:
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(name, quality=92)
 
 
-def write_parquet(folder: Path, target: str) -> None:
+def prepare_parquet(folder: Path) -> None:
     """The same images as a prepared data set."""
-    local = fs.LocalFileSystem()
-    names = np.random.default_rng(1).permutation(sorted((folder / "images").rglob("*.jpg")))
-    table = pa.Table.from_pylist([_row(path, folder / "images") for path in names], SHARD_SCHEMA)
-    storage.write_atomically(
-        local, f"{target}/shard-00000.parquet", lambda out: write_shard(table, out)
-    )
-    content = Path(target, "shard-00000.parquet").read_bytes()
-    groups = pa.parquet.ParquetFile(f"{target}/shard-00000.parquet").metadata
-    sizes = [groups.row_group(g).num_rows for g in range(groups.num_row_groups)]
-    shard = Shard(
-        file="shard-00000.parquet", num_samples=len(names), num_bytes=len(content), sha256="", row_groups=sizes
-    )
-    Manifest(
-        num_samples=len(names), num_bytes=len(content), classes=[], annotations=[], shards=[shard]
-    ).write(local, target)
-
-
-def _row(path: Path, root: Path) -> dict[str, Any]:
-    encoded = path.read_bytes()
-    width, height = EncodedImage.open(encoded).size
-    name = path.relative_to(root).as_posix()
-    return {"sample_id": stable_id(name), "name": name, "image": encoded, "width": width, "height": height}
+    prepare(PrepareConfig(source=str(folder / "images"), out=str(folder / "prepared")))
 
 
 if __name__ == "__main__":
