@@ -9,8 +9,9 @@ from typing import Any
 
 from pipeline.checkpoint import Checkpointer
 from pipeline.config import PretrainConfig
-from pipeline.data import Batch, SampleFactory, micro_batches
+from pipeline.data import Batch, SampleFactory, micro_batches, sample_stream
 from pipeline.pretrain import Hooks, pretrain
+from pipeline.quarantine import BadSample
 from pipeline.sources import build_index
 
 
@@ -26,19 +27,30 @@ class LocalRun:
     pictures: dict[int, bytes] = field(default_factory=dict)
     seen: list[int] = field(default_factory=list)
     """Stream positions in the order the loop consumed them."""
+    rows: list[int] = field(default_factory=list)
+    """Index rows, likewise."""
+    bad_rows: list[int] = field(default_factory=list)
+    """Those of them that came as bad samples."""
+    quarantines: list[list[BadSample]] = field(default_factory=list)
+    """What `on_quarantine` was called with, call by call."""
     started_at: int = -1
 
     def __call__(self) -> dict[str, Any]:
-        factory = SampleFactory.build(self.config, build_index(self.config.data.path))
+        index = build_index(
+            self.config.data.path, max_bad_fraction=self.config.data.max_bad_fraction
+        )
+        factory = SampleFactory.build(self.config, index)
+        held_out = SampleFactory.build(self.config, index)
         return pretrain(
             self.config,
             num_samples=len(factory.reader),
             batches_from=lambda step: self._batches(factory, step),
-            evaluation_batch=factory.evaluation_batch(),
+            evaluation_batch=held_out.evaluation_batch(),
             checkpointer=self.checkpointer,
             hooks=Hooks(
                 on_start=self._on_start,
                 on_metrics=self._on_metrics,
+                on_quarantine=self.quarantines.append,
                 on_picture=self.pictures.__setitem__,
             ),
         )
@@ -48,11 +60,15 @@ class LocalRun:
         return Checkpointer(self.folder, keep=self.config.run.keep_checkpoints, facts={})
 
     def _batches(self, factory: SampleFactory, start: int) -> Iterator[Batch]:
+        stream = sample_stream(self.config, factory.reader.index)
         step = start
         while True:
-            for micro in micro_batches(step, self.config, rank=0):
-                self.seen += micro.tolist()
-                yield self.change_batch(step, factory.batch(micro))
+            for micro in micro_batches(stream, self.config, step, rank=0):
+                batch = factory.batch(micro)
+                self.seen += micro.positions.tolist()
+                self.rows += micro.rows.tolist()
+                self.bad_rows += micro.rows[batch["bad"] != ""].tolist()
+                yield self.change_batch(step, batch)
             step += 1
 
     def _on_start(self, step: int) -> None:

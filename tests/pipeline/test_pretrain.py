@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 from pipeline.checkpoint import load_state
 from pipeline.config import PretrainConfig, apply_overrides
 from pipeline.data import Batch
-from pipeline.pretrain import NonFiniteLossError, TooManyBadImagesError, TrainState
+from pipeline.pretrain import NonFiniteLossError, TrainState
 from tests.pipeline.loop import LocalRun
 
 
@@ -155,25 +154,6 @@ def test_a_nan_loss_stops_before_the_update_and_names_step_and_last_loss(
     after = states[-1].model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in weights.items())
     assert load_state(run.checkpointer.latest())["step"] == 3, "the last good checkpoint is kept"
-
-
-def test_unreadable_images_are_counted_and_stop_the_run_above_the_limit(
-    debug_config: PretrainConfig, image_folder: Path, tmp_path: Path
-):
-    folder = tmp_path / "with_bad"
-    shutil.copytree(image_folder, folder)
-    (folder / "broken_1.jpg").write_bytes(b"not a jpeg")
-    one_bad = apply_overrides(debug_config, {"data.path": str(folder), "optim.num_steps": 4})
-    run = LocalRun(one_bad, tmp_path / "one")
-    summary = run()
-    assert run.records[4]["data/bad_images"] == 1
-    assert len(summary["bad_rows"]) == 1
-
-    (folder / "broken_2.jpg").write_bytes(b"")
-    with pytest.raises(
-        TooManyBadImagesError, match=r"2 of 26 images .* data.max_bad_fraction=0.01"
-    ):
-        LocalRun(one_bad, tmp_path / "two")()
 
 
 def test_training_beats_the_trivial_predictors_on_gradients(
