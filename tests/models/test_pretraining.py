@@ -378,3 +378,54 @@ def test_the_first_mim_loss_is_that_of_predicting_zero():
     assert math.isclose(float(losses.mim.detach()), 1.0, rel_tol=0.02)
     for loss in losses.mfm.values():
         assert math.isclose(float(loss.detach()), 1.0, rel_tol=0.05)
+
+
+# ---- weights of images ----
+
+
+def weighted_losses(model: PretrainingModel, weight: Tensor | None, images: Tensor | None = None):
+    """Losses of two images with their weights, and the gradients of the total."""
+    features = random_features(model.encoder.backbone.stage_dims)
+    model.zero_grad(set_to_none=True)
+    losses = model(
+        tiny.images() if images is None else images, tiny.mask(), features, weight=weight
+    )
+    losses.total.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    values = torch.stack([losses.total, losses.mim, *losses.mfm.values()]).detach()
+    return values, grads
+
+
+@pytest.mark.parametrize("mfm_loss", ["mse", "smooth_l1"])
+def test_weights_of_one_are_no_weights(mfm_loss: MFMLoss):
+    model = tiny.pretraining_model(mfm_weight=0.3, mfm_loss=mfm_loss)
+    plain, plain_grads = weighted_losses(model, None)
+    ones, ones_grads = weighted_losses(model, torch.ones(2))
+    # a mean of means against a mean: float32 sums in another order
+    torch.testing.assert_close(ones, plain, atol=0, rtol=1e-6)
+    for name, grad in plain_grads.items():
+        torch.testing.assert_close(ones_grads[name], grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_losses_are_means_over_all_images_of_weight_times_loss():
+    model = tiny.pretraining_model(mfm_weight=0.3)
+    first, _ = weighted_losses(model, torch.tensor([2.0, 0.0]))  # 2 x first / 2
+    second, _ = weighted_losses(model, torch.tensor([0.0, 2.0]))
+    mixed, _ = weighted_losses(model, torch.tensor([0.5, 3.0]))
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(mixed, (0.5 * first + 3 * second) / 2, atol=0, rtol=1e-6)
+
+
+def test_an_image_of_weight_zero_has_no_part_in_losses_and_gradients():
+    model = tiny.pretraining_model(mfm_weight=0.3)
+    weight = torch.tensor([1.0, 0.0])
+    images = tiny.images()
+    others = torch.stack([images[0], torch.randn(3, 64, 64)])
+    (losses, grads), (other_losses, other_grads) = (
+        weighted_losses(model, weight, batch) for batch in (images, others)
+    )
+    assert torch.equal(losses, other_losses)
+    for name, grad in grads.items():
+        assert torch.equal(grad, other_grads[name]), name
+    nothing, no_grads = weighted_losses(model, torch.zeros(2))
+    assert not nothing.any() and not any(grad.any() for grad in no_grads.values())
