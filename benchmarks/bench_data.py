@@ -41,8 +41,8 @@ from pipeline.cluster import cluster
 from pipeline.config import PretrainConfig, apply_overrides
 from pipeline.data import TrainingBatches
 from pipeline.demo_data import write_demo_photos
-from pipeline.prepare import prepare
-from pipeline.prepare_config import PrepareConfig
+from pipeline.prepare.job import prepare
+from pipeline.prepare.settings import PrepareConfig
 from pipeline.recipes import demo
 from pipeline.reproducibility import sample_generator
 from pipeline.sources import build_index

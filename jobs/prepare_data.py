@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 import tyro
 
 from pipeline.cli import set_up_logging
-from pipeline.prepare import PreparationFailedError, prepare
-from pipeline.prepare_config import PrepareConfig
-from pipeline.prepare_report import prepare_report
+from pipeline.prepare.job import PreparationFailedError, prepare
+from pipeline.prepare.report import prepare_report
+from pipeline.prepare.settings import PrepareConfig
 
 logger = logging.getLogger("jobs.prepare_data")
 

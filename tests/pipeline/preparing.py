@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import prepare as driver
-from pipeline.plan_folder import FinishedShard
-from pipeline.prepare_config import PrepareConfig
+from pipeline.prepare import job as driver
+from pipeline.prepare.plan_folder import FinishedShard
+from pipeline.prepare.settings import PrepareConfig
 from pipeline.shards import Manifest
 from tests.pipeline.samples import encode, noise_image
 

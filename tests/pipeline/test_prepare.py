@@ -12,11 +12,17 @@ import numpy as np
 import pytest
 
 from pipeline import storage
-from pipeline.prepare import PreparationFailedError, prepare
-from pipeline.prepare_config import PrepareConfig
-from pipeline.prepare_report import prepare_report
+from pipeline.prepare.job import PreparationFailedError, prepare
+from pipeline.prepare.records import (
+    make_records,
+    sample_ids,
+    shard_numbers,
+    shuffled_order,
+    split_of,
+)
+from pipeline.prepare.report import prepare_report
+from pipeline.prepare.settings import PrepareConfig
 from pipeline.quarantine import TooManyBadSamplesError, read_quarantine
-from pipeline.records import make_records, sample_ids, shard_numbers, shuffled_order, split_of
 from pipeline.reproducibility import stable_id
 from pipeline.shards import SHARD_SCHEMA
 from pipeline.sources import build_index

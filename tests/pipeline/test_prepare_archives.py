@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import sample_reader, storage
-from pipeline.prepare import PreparationFailedError
-from pipeline.prepare_config import PrepareConfig
+from pipeline.prepare.job import PreparationFailedError
+from pipeline.prepare.record_sources import open_source
+from pipeline.prepare.settings import PrepareConfig
 from pipeline.quarantine import read_quarantine
-from pipeline.record_sources import open_source
 from pipeline.reproducibility import stable_id
 from pipeline.sources import build_index
 from tests.pipeline.preparing import image_bytes, no_ray, prepare_rows, read_manifest, write_tar

@@ -15,12 +15,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from pipeline.coco import Annotations, parse_annotations, scale_annotations
-from pipeline.prepare import prepare
-from pipeline.prepare_config import PrepareConfig
-from pipeline.prepare_report import prepare_report
+from pipeline.prepare.coco import Annotations, parse_annotations, scale_annotations
+from pipeline.prepare.job import prepare
+from pipeline.prepare.report import prepare_report
+from pipeline.prepare.run_lengths import decode_runs, resize_nearest
+from pipeline.prepare.settings import PrepareConfig
 from pipeline.quarantine import read_quarantine
-from pipeline.run_lengths import decode_runs, resize_nearest
 from tests.pipeline.preparing import no_ray, prepare_rows, read_manifest
 from tests.pipeline.samples import encode, noise_image
 

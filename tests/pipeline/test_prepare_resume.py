@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import prepare as driver
 from pipeline import shard_writer, storage
-from pipeline.prepare import PreparationFailedError, prepare
-from pipeline.prepare_config import PrepareConfig
+from pipeline.prepare import job as driver
+from pipeline.prepare.job import PreparationFailedError, prepare
+from pipeline.prepare.settings import PrepareConfig
 from tests.pipeline.preparing import contents, no_ray, read_rows
 from tests.pipeline.samples import write_images
 

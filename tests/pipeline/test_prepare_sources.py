@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.prepare import prepare
-from pipeline.prepare_config import PrepareConfig
+from pipeline.prepare.job import prepare
+from pipeline.prepare.record_sources import detect_kind, open_source
+from pipeline.prepare.settings import PrepareConfig
 from pipeline.quarantine import read_quarantine
-from pipeline.record_sources import detect_kind, open_source
 from tests.pipeline.preparing import image_bytes, no_ray, prepare_rows, read_manifest
 from tests.pipeline.samples import encode, noise_image, write_images
 

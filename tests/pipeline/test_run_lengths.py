@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from pipeline.run_lengths import decode_runs, resize_nearest, run_lengths
+from pipeline.prepare.run_lengths import decode_runs, resize_nearest, run_lengths
 
 
 def test_run_lengths_are_read_as_pycocotools_writes_them():

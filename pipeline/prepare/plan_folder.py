@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline import storage
-from pipeline.prepare_config import Kind, absolute
+from pipeline.prepare.records import RECORD_SCHEMA
+from pipeline.prepare.settings import Kind, absolute
 from pipeline.quarantine import BadSample
-from pipeline.records import RECORD_SCHEMA
 from pipeline.shards import Shard
 
 WORK_FOLDER = "_preparing"

@@ -16,14 +16,14 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipeline import storage
-from pipeline.coco import FrameMismatchError
 from pipeline.decoding import BadImageError
-from pipeline.plan_folder import FinishedShard, Plan, PlanFolder
+from pipeline.prepare.coco import FrameMismatchError
+from pipeline.prepare.plan_folder import FinishedShard, Plan, PlanFolder
+from pipeline.prepare.records import location
+from pipeline.prepare.sample_check import BadMaskError, SampleChecker
+from pipeline.prepare.sample_reader import DamagedFileError, read_encoded
 from pipeline.quarantine import BadSample
-from pipeline.records import location
 from pipeline.reproducibility import stable_id
-from pipeline.sample_check import BadMaskError, SampleChecker
-from pipeline.sample_reader import DamagedFileError, read_encoded
 from pipeline.shards import ROWS_PER_GROUP, SHARD_SCHEMA, Shard, write_shard
 
 BAD_SAMPLE_ERRORS = (

@@ -12,10 +12,10 @@ from pathlib import PurePosixPath
 from pyarrow import fs
 
 from pipeline import storage
-from pipeline.coco import coco_source
-from pipeline.prepare_config import Kind, PrepareConfig, absolute
-from pipeline.record_archives import parquet_source, webdataset_source
-from pipeline.records import Source, make_records
+from pipeline.prepare.coco import coco_source
+from pipeline.prepare.record_archives import parquet_source, webdataset_source
+from pipeline.prepare.records import Source, make_records
+from pipeline.prepare.settings import Kind, PrepareConfig, absolute
 from pipeline.sources import PARQUET_SUFFIXES, readable_suffixes
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid")}

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.prepare_config import Kind
+from pipeline.prepare.settings import Kind
 from pipeline.quarantine import BadSample
 from pipeline.reproducibility import stable_id
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from pipeline.plan_folder import PlanFolder
-from pipeline.prepare import Prepared
-from pipeline.prepare_config import PrepareConfig
+from pipeline.prepare.job import Prepared
+from pipeline.prepare.plan_folder import PlanFolder
+from pipeline.prepare.settings import PrepareConfig
 from pipeline.quarantine import QUARANTINE_FILE
 from pipeline.shards import Manifest
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.coco import parse_annotations, scale_annotations
 from pipeline.decoding import BadImageError, EncodedImage, decode_image
-from pipeline.run_lengths import resize_nearest
+from pipeline.prepare.coco import parse_annotations, scale_annotations
+from pipeline.prepare.run_lengths import resize_nearest
 
 IGNORE_ID = 255
 _JPEG_QUALITY = 95

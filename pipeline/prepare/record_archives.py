@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline import storage
+from pipeline.prepare.records import RECORD_SCHEMA, Source, make_records
 from pipeline.quarantine import BadSample
-from pipeline.records import RECORD_SCHEMA, Source, make_records
 
 TAR_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
 MAX_CLASSES = 1_000_000

@@ -13,10 +13,16 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipeline import storage
-from pipeline.plan_folder import Plan, PlanFolder, PlannedShard
-from pipeline.prepare_config import PrepareConfig, absolute, settings_diff
-from pipeline.record_sources import open_source
-from pipeline.records import WINDOW_SHARDS, sample_ids, shard_numbers, shuffled_order, split_of
+from pipeline.prepare.plan_folder import Plan, PlanFolder, PlannedShard
+from pipeline.prepare.record_sources import open_source
+from pipeline.prepare.records import (
+    WINDOW_SHARDS,
+    sample_ids,
+    shard_numbers,
+    shuffled_order,
+    split_of,
+)
+from pipeline.prepare.settings import PrepareConfig, absolute, settings_diff
 from pipeline.shards import Manifest
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from pipeline import storage
-from pipeline.records import Source, make_records
-from pipeline.run_lengths import run_lengths, scale_run_lengths
+from pipeline.prepare.records import Source, make_records
+from pipeline.prepare.run_lengths import run_lengths, scale_run_lengths
 
 COUNTS = (
     "boxes_clipped",

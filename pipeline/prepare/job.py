@@ -20,9 +20,10 @@ import ray.data
 
 from pipeline import storage
 from pipeline.cluster import joined_cluster
-from pipeline.plan_folder import WORK_FOLDER, FinishedShard, Plan, PlanFolder
-from pipeline.prepare_config import PrepareConfig, settings_diff
-from pipeline.prepare_plan import finished_before, make_plan, refusal
+from pipeline.prepare.plan import finished_before, make_plan, refusal
+from pipeline.prepare.plan_folder import WORK_FOLDER, FinishedShard, Plan, PlanFolder
+from pipeline.prepare.settings import PrepareConfig, settings_diff
+from pipeline.prepare.shard_writer import write_planned_shard
 from pipeline.quarantine import (
     QUARANTINE_FILE,
     BadSample,
@@ -30,7 +31,6 @@ from pipeline.quarantine import (
     check_bad_fraction,
     write_quarantine,
 )
-from pipeline.shard_writer import write_planned_shard
 from pipeline.shards import Manifest
 
 logger = logging.getLogger(__name__)

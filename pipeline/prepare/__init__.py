@@ -1,0 +1,1 @@
+"""Any image source -> a prepared data set; `job.prepare` is the entry point."""
