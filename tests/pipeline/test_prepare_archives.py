@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import sample_reader, storage
+from pipeline import storage
+from pipeline.prepare import sample_reader
 from pipeline.prepare.job import PreparationFailedError
 from pipeline.prepare.record_sources import open_source
 from pipeline.prepare.settings import PrepareConfig

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import shard_writer, storage
+from pipeline import storage
 from pipeline.prepare import job as driver
+from pipeline.prepare import shard_writer
 from pipeline.prepare.job import PreparationFailedError, prepare
 from pipeline.prepare.settings import PrepareConfig
 from tests.pipeline.preparing import contents, no_ray, read_rows
