@@ -1,7 +1,7 @@
 """The prepared data set: Parquet shards of encoded images beside a manifest.
 
-One folder is one split: `shard-00000.parquet`, ... and `manifest.json`. Surprising: the manifest is
-written last and says how many rows each row group has, so a data set without one is unfinished,
+One folder is one split: `shard-00000.parquet`, ... and `_manifest.json`. Surprising: the manifest
+is written last and says how many rows each row group has, so a data set without one is unfinished,
 and opening one with it reads a single small file however many images there are.
 """
 
@@ -19,7 +19,8 @@ from pyarrow import fs
 from pipeline import storage
 
 SCHEMA_VERSION = 1
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE = "_manifest.json"  # readers of Parquet folders skip names that begin with _
+BAD_SAMPLES_FILE = "_quarantine.parquet"
 ROWS_PER_GROUP = 64  # what one read fetches: a few MB; small, so that a shuffle window mixes many
 
 SHARD_SCHEMA = pa.schema(
@@ -74,7 +75,7 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def write(self, filesystem: fs.FileSystem, folder: str) -> None:
-        """Write manifest.json: from here on the folder counts as whole."""
+        """Write _manifest.json: from here on the folder counts as whole."""
         text = json.dumps(dataclasses.asdict(self), indent=1)
         storage.write_bytes(filesystem, f"{folder}/{MANIFEST_FILE}", text.encode())
 

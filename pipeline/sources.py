@@ -21,7 +21,7 @@ from PIL import Image
 from pyarrow import fs
 
 from pipeline import storage
-from pipeline.plan_folder import WORK_FOLDER
+from pipeline.prepare.plan_folder import WORK_FOLDER
 from pipeline.quarantine import BadSample
 from pipeline.shards import MANIFEST_FILE, SHARD_SCHEMA, Manifest
 

@@ -25,13 +25,12 @@ from pipeline.prepare.plan_folder import WORK_FOLDER, FinishedShard, Plan, PlanF
 from pipeline.prepare.settings import PrepareConfig, settings_diff
 from pipeline.prepare.shard_writer import write_planned_shard
 from pipeline.quarantine import (
-    QUARANTINE_FILE,
     BadSample,
     TooManyBadSamplesError,
     check_bad_fraction,
     write_quarantine,
 )
-from pipeline.shards import Manifest
+from pipeline.shards import BAD_SAMPLES_FILE, Manifest
 
 logger = logging.getLogger(__name__)
 _LOG_EVERY_S = 10.0
@@ -130,7 +129,7 @@ def _run_tasks(out: str, todo: list[int], num_tasks: int) -> Generator[FinishedS
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
         _write_shard_task,
         fn_kwargs={"out": out},
-        compute=ray.data.TaskPoolStrategy(size=num_tasks),
+        compute=ray.data.TaskPoolStrategy(size=min(num_tasks, len(todo))),
         num_cpus=1,
     )
     dataset.context.enable_progress_bars = False
@@ -189,7 +188,7 @@ def _finish(folder: PlanFolder, plan: Plan, done: list[FinishedShard]) -> dict[s
         bad += plan.bad if split == splits[0] else []
         manifests[split] = _manifest(plan, part, classes, len(bad))
         if bad:
-            write_quarantine(f"{folder.uri}/{split}/{QUARANTINE_FILE}", bad)
+            write_quarantine(f"{folder.uri}/{split}/{BAD_SAMPLES_FILE}", bad)
     for split, manifest in manifests.items():
         _remove_leftovers(folder, f"{folder.out}/{split}")
         manifest.write(folder.filesystem, f"{folder.out}/{split}")

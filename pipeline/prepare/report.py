@@ -7,8 +7,7 @@ from collections import Counter
 from pipeline.prepare.job import Prepared
 from pipeline.prepare.plan_folder import PlanFolder
 from pipeline.prepare.settings import PrepareConfig
-from pipeline.quarantine import QUARANTINE_FILE
-from pipeline.shards import Manifest
+from pipeline.shards import BAD_SAMPLES_FILE, Manifest
 
 
 def prepare_report(config: PrepareConfig, prepared: Prepared) -> str:
@@ -19,7 +18,7 @@ def prepare_report(config: PrepareConfig, prepared: Prepared) -> str:
         if manifest.preparation["num_bad"]:
             lines.append(
                 f"left out of {split}: {manifest.preparation['num_bad']} bad samples, listed in "
-                f"{out}/{split}/{QUARANTINE_FILE}"
+                f"{out}/{split}/{BAD_SAMPLES_FILE}"
             )
     lines += [f"  {sample}" for sample in sorted(prepared.bad)[:3]]
     counts: Counter[str] = Counter()

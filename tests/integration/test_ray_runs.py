@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 from mlflow import MlflowClient
@@ -17,11 +16,20 @@ from safetensors import safe_open
 from models.itpn import create_itpn
 from models.weights import load_weights
 from pipeline.config import PretrainConfig, apply_overrides, config_to_dict
-from pipeline.data import SampleFactory, TrainingBatches
-from pipeline.sampling import step_positions
+from pipeline.data import SampleFactory, TrainingBatches, micro_batches, sample_stream
+from pipeline.quarantine import QUARANTINE_FILE, read_quarantine
+from pipeline.reproducibility import stable_id
 from pipeline.sources import build_index
 from pipeline.tracking import default_tracking_uri
 from pipeline.trainer import RunFailedError, run_pretraining
+from tests.pipeline.samples import (
+    bad_images,
+    encode,
+    noise_image,
+    write_files,
+    write_parquet,
+    write_prepared,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -106,28 +114,100 @@ def test_mlflow_holds_params_metrics_pictures_checkpoints_and_a_finished_status(
     assert len(client.search_runs([run.info.experiment_id])) == 2, "one MLflow run per run"
 
 
+@pytest.mark.parametrize("kind", ["files", "parquet", "prepared"])
 def test_workers_together_see_exactly_the_samples_crops_and_masks_of_one(
-    debug_config: PretrainConfig,
+    kind: str, debug_config: PretrainConfig, tmp_path: Path
 ):
-    index = build_index(debug_config.data.path)
+    images = [encode(noise_image(seed)) for seed in range(40)]
+    if kind == "parquet":
+        write_parquet(tmp_path / "data" / "a.parquet", list(images[:25]), row_group_size=4)
+        write_parquet(tmp_path / "data" / "b.parquet", list(images[25:]), row_group_size=5)
+    elif kind == "prepared":
+        write_prepared(tmp_path / "data", images, rows_per_shard=15, rows_per_group=4)
+    settings = {"data.shuffle_window": 10}
+    if kind != "files":
+        settings["data.path"] = str(tmp_path / "data")
+    one = apply_overrides(debug_config, settings)
+    index = build_index(one.data.path)
     index_ref = ray.put(index)
-    factory = SampleFactory.build(debug_config, index)
     batches: dict[int, dict[int, bytes]] = {}
     for workers in (1, 2, 4):
-        config = apply_overrides(debug_config, {"scaling.num_workers": workers})
+        config = apply_overrides(one, {"scaling.num_workers": workers})
         seen = batches[workers] = {}
         for rank in range(workers):
-            source = TrainingBatches(config, index_ref, rank=rank, start_step=3, num_steps=8)
+            source = TrainingBatches(config, index_ref, rank=rank, start_step=3, num_steps=45)
             for batch in source:
                 for i, position in enumerate(batch["position"].tolist()):
+                    assert position not in seen, "no sample twice"
                     seen[position] = batch["image"][i].tobytes() + batch["mask"][i].tobytes()
     assert batches[1] == batches[2] == batches[4]
-    wanted = [p for s in range(3, 8) for p in step_positions(s, global_batch_size=16).tolist()]
-    assert sorted(batches[1]) == wanted, "starts at step 3 without replay, ends with the run"
-    direct = factory.batch(np.array(wanted[:16]))
-    for i, position in enumerate(wanted[:16]):
-        expected = direct["image"][i].tobytes() + direct["mask"][i].tobytes()
-        assert batches[1][position] == expected
+    assert sorted(batches[1]) == list(range(3 * 16, 45 * 16)), "no replay, ends with the run"
+    factory, stream = SampleFactory.build(one, index), sample_stream(one, index)
+    for step in (3, 44):
+        (draws,) = micro_batches(stream, one, step, rank=0)
+        direct = factory.batch(draws)
+        for i, position in enumerate(draws.positions.tolist()):
+            expected = direct["image"][i].tobytes() + direct["mask"][i].tobytes()
+            assert batches[1][position] == expected
+
+
+def test_a_run_on_synthetic_images_trains_to_its_end(debug_config: PretrainConfig):
+    settings = {"data.synthetic": True, "data.path": "", "optim.num_steps": 5}
+    config = apply_overrides(debug_config, settings)
+    summary = run_pretraining(config)
+    assert summary["steps"] == 5 and summary["bad_samples"] == []
+    losses = [record["train/loss_mim"] for record in read_metrics(run_path(config)).values()]
+    assert losses[-1] < losses[0], "the same batch again and again is learnt"
+
+
+def test_a_run_over_bad_data_ends_well_and_lists_them_in_its_folder_and_mlflow(
+    debug_config: PretrainConfig, tmp_path: Path
+):
+    """Two workers, bad images in a Parquet file, and beside it one that has no footer."""
+    folder = tmp_path / "data"
+    good = [encode(noise_image(seed)) for seed in range(26)]
+    bad = [bad_images()[name] for name in ("page.jpg", "truncated.jpg", "zero.jpg")]
+    images = [*good, *(content for content, _ in bad)]
+    write_parquet(folder / "a.parquet", images, row_group_size=4)
+    (folder / "cut.parquet").write_bytes(b"PAR1")
+    met = {
+        f"{folder}/a.parquet:{row // 4}:{row % 4}": (stable_id(f"a.parquet:{row}"), error)
+        for row, (_, error) in enumerate(bad, len(good))
+    }
+    config = apply_overrides(
+        debug_config,
+        {
+            "data.path": str(folder),
+            "data.max_bad_fraction": 0.2,
+            "optim.num_steps": 4,  # 64 uses of 29 samples: all of them are met
+            "scaling.num_workers": 2,
+        },
+    )
+    summary = run_pretraining(config)
+    assert summary["steps"] == 4
+    rows = read_quarantine(str(run_path(config) / QUARANTINE_FILE))
+    expected = met | {str(folder / "cut.parquet"): (None, "ArrowInvalid")}
+    assert {row.path: (row.sample_id, row.error) for row in rows} == expected
+    assert len(rows) == len(expected) and all(row.message for row in rows)
+    assert summary["bad_samples"] == sorted(met)
+    assert read_metrics(run_path(config))[4]["data/bad_samples"] == 3
+    client = MlflowClient(default_tracking_uri(Path(config.run.storage_path)))
+    artifacts = {a.path for a in client.list_artifacts(summary["mlflow_run_id"])}
+    assert QUARANTINE_FILE in artifacts
+
+
+def test_a_run_over_too_many_bad_files_fails_at_once_and_names_the_first(
+    debug_config: PretrainConfig, tmp_path: Path
+):
+    files = {f"good_{seed:02d}.png": encode(noise_image(seed)) for seed in range(12)}
+    write_files(tmp_path / "data", files | {f"bad_{i}.jpg": b"" for i in range(4)})
+    config = apply_overrides(debug_config, {"data.path": str(tmp_path / "data")})
+    message = r"stopped: [234] of 16 samples are bad, more than data.max_bad_fraction=0.01 allows"
+    with pytest.raises(RunFailedError, match=message) as caught:
+        run_pretraining(config)
+    assert "bad_" in str(caught.value) and "the file is empty" in str(caught.value)
+    rows = read_quarantine(str(run_path(config) / QUARANTINE_FILE))
+    assert rows and {row.error for row in rows} == {"BadImageError"}
 
 
 def test_a_finished_run_is_not_overwritten(finished: dict[int, Any]):

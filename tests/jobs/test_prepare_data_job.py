@@ -80,7 +80,7 @@ def test_a_run_that_is_killed_and_repeated_gives_the_bytes_of_an_undisturbed_one
     process.wait()
     kept = len(list(finished.glob("*.json")))
     assert 1 <= kept < 8, "the kill came too late to show anything"
-    assert not (out / "train/manifest.json").exists()
+    assert not (out / "train/_manifest.json").exists()
 
     assert run_main(monkeypatch, *arguments(source, out)) == 0
     request.getfixturevalue(no_ray.__name__)  # in one process: nothing depends on the tasks

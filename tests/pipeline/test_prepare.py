@@ -185,7 +185,7 @@ def test_bad_images_are_set_aside_with_their_reason(source: Path):
     (source / "a/01.png").write_bytes((source / "a/01.png").read_bytes()[:300])
     config = config_of(source, max_bad_fraction=0.1)
     report = prepare_report(config, prepare(config))
-    bad = read_quarantine(str(Path(config.out) / "train/quarantine.parquet"))
+    bad = read_quarantine(str(Path(config.out) / "train/_quarantine.parquet"))
     assert [sample.path for sample in bad] == [f"{source}/a/00.png", f"{source}/a/01.png"]
     assert [sample.sample_id for sample in bad] == [stable_id("a/00.png"), stable_id("a/01.png")]
     assert "empty" in bad[0].message
@@ -201,7 +201,7 @@ def test_too_many_bad_images_stop_the_job_until_they_are_mended(source: Path):
     config = config_of(source, max_bad_fraction=0.05)
     with pytest.raises(TooManyBadSamplesError, match=r"(?s)max_bad_fraction=0.05.*a/0\d\.png"):
         prepare(config)
-    assert not list(Path(config.out).glob("*/manifest.json"))
+    assert not list(Path(config.out).glob("*/_manifest.json"))
     for name in NAMES[:6]:
         (source / name).write_bytes(good)
     prepare(config)
@@ -226,7 +226,7 @@ def test_a_file_that_vanishes_or_is_forbidden_is_bad_but_a_network_error_stops_t
     monkeypatch.setattr(storage, "read_bytes", read_bytes)
     config = config_of(source, max_bad_fraction=0.1)
     prepare(config)
-    bad = read_quarantine(str(Path(config.out) / "train/quarantine.parquet"))
+    bad = read_quarantine(str(Path(config.out) / "train/_quarantine.parquet"))
     assert [sample.error for sample in bad] == ["FileNotFoundError", "PermissionError"]
 
     errors["b/00.png"] = storage.StorageUnavailableError("reading b/00.png failed 6 times")

@@ -84,7 +84,7 @@ def test_of_a_truncated_tar_the_rest_is_used_and_the_end_reported(tmp_path: Path
     path.write_bytes(path.read_bytes()[:end])
     rows = prepare_rows(tmp_path / "in", tmp_path / "out")
     assert sorted(row["image"] for row in rows) == sorted(image_bytes(i) for i in range(5))
-    (bad,) = read_quarantine(f"{tmp_path}/out/train/quarantine.parquet")
+    (bad,) = read_quarantine(f"{tmp_path}/out/train/_quarantine.parquet")
     assert bad.path == f"{tmp_path}/in/a.tar" and bad.error == "TruncatedTarError"
     assert str(end) in bad.message
 
@@ -111,7 +111,7 @@ def test_a_label_that_is_no_class_number_sets_the_sample_aside(
     members = {f"{i}.png": image_bytes(i) for i in range(4)} | {"2.cls": label}
     write_tar(tmp_path / "in/a.tar", members)
     assert len(prepare_rows(tmp_path / "in", tmp_path / "out")) == 3
-    (bad,) = read_quarantine(f"{tmp_path}/out/train/quarantine.parquet")
+    (bad,) = read_quarantine(f"{tmp_path}/out/train/_quarantine.parquet")
     assert bad.path.endswith("a.tar/2.png") and message in bad.message
 
 
@@ -236,7 +236,7 @@ def test_rows_without_bytes_are_set_aside(tmp_path: Path):
     write_parquet(tmp_path / "a.parquet", {"image": images + images[:1] * 5})
     rows = prepare_rows(tmp_path / "a.parquet", tmp_path / "out", max_bad_fraction=0.5)
     assert len(rows) == 6
-    bad = read_quarantine(f"{tmp_path}/out/train/quarantine.parquet")
+    bad = read_quarantine(f"{tmp_path}/out/train/_quarantine.parquet")
     assert [sample.path.split("/")[-1] for sample in bad] == ["a.parquet:0:1", "a.parquet:0:2"]
     assert "0 bytes" in bad[0].message
 
@@ -266,5 +266,5 @@ def test_rows_of_a_damaged_row_group_are_set_aside(tmp_path: Path):
     path.write_bytes(content)
     rows = prepare_rows(path, tmp_path / "out", max_bad_fraction=0.5)
     assert sorted(int(row["name"].split(":")[1]) for row in rows) == [*range(10), *range(20, 30)]
-    bad = read_quarantine(f"{tmp_path}/out/train/quarantine.parquet")
+    bad = read_quarantine(f"{tmp_path}/out/train/_quarantine.parquet")
     assert len(bad) == 10 and "row group 1 cannot be read" in bad[0].message

@@ -226,7 +226,7 @@ def test_an_image_that_is_listed_but_missing_is_set_aside(tmp_path: Path):
     (tmp_path / "images/2.png").unlink()
     (tmp_path / "images/unlisted.png").write_bytes(b"")
     assert sorted(prepare_coco(path)) == ["1.png", "3.png"]
-    (bad,) = read_quarantine(f"{tmp_path}/out/train/quarantine.parquet")
+    (bad,) = read_quarantine(f"{tmp_path}/out/train/_quarantine.parquet")
     assert bad.path == f"{tmp_path}/images/2.png" and bad.error == "FileNotFoundError"
 
 
@@ -246,7 +246,7 @@ def test_annotations_of_another_frame_set_the_image_aside(
     exif[0x0112] = orientation
     (tmp_path / "images/1.png").write_bytes(encode(noise_image(1, size), "JPEG", exif=exif))
     rows = prepare_coco(path)
-    bad = read_quarantine(f"{tmp_path}/out/train/quarantine.parquet")
+    bad = read_quarantine(f"{tmp_path}/out/train/_quarantine.parquet")
     assert len(rows) == (2 if message else 3)
     assert [message in sample.message for sample in bad] == ([True] if message else [])
 

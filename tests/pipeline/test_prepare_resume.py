@@ -56,7 +56,7 @@ def test_a_full_disk_is_reported_and_the_rest_is_written_by_the_same_command(
         fail_after(patch, 2)
         with pytest.raises(PreparationFailedError, match="No space left"):
             prepare(config)
-    assert not list(Path(config.out).glob("*/manifest.json"))
+    assert not list(Path(config.out).glob("*/_manifest.json"))
     assert len(list(Path(config.out).glob("train/*.parquet"))) == 2
     with pytest.raises(ValueError, match=r"(?s)begun with other settings.*short_side: 0 -> 16"):
         prepare(config_of(source, short_side=16))
@@ -135,7 +135,7 @@ def test_a_kill_between_the_manifests_of_two_splits_is_mended(
         patch.setattr(driver, "make_plan", _plan_without_removing(driver.make_plan))
         with pytest.raises(ZeroDivisionError):
             prepare(config)
-    (Path(config.out) / "val/manifest.json").unlink()
+    (Path(config.out) / "val/_manifest.json").unlink()
     assert not prepare(config).was_finished
     assert (
         len(read_rows(Path(config.out) / "val")) + len(read_rows(Path(config.out) / "train")) == 48

@@ -177,7 +177,7 @@ def test_a_bad_mask_sets_its_image_aside(tmp_path: Path, mask: bytes, message: s
         images=f"{tmp_path}/images/x", masks=f"{tmp_path}/annotations/x", out=f"{tmp_path}/out"
     )
     prepare(config)
-    (sample,) = read_quarantine(f"{tmp_path}/out/train/quarantine.parquet")
+    (sample,) = read_quarantine(f"{tmp_path}/out/train/_quarantine.parquet")
     assert sample.path.endswith("x/bad.jpg") and message in sample.message
 
 

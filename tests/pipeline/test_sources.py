@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import sources
-from pipeline.prepare import prepare
-from pipeline.prepare_config import PrepareConfig
+from pipeline.prepare.job import prepare
+from pipeline.prepare.settings import PrepareConfig
+from pipeline.prepare.shard_writer import write_planned_shard
 from pipeline.quarantine import BadSample
 from pipeline.reading import SampleReader
 from pipeline.reproducibility import stable_id
-from pipeline.shard_writer import write_planned_shard
 from pipeline.shards import MANIFEST_FILE
 from pipeline.sources import Index, build_index
 from tests.pipeline.samples import encode, noise_image, write_images, write_parquet, write_prepared
@@ -277,8 +277,9 @@ def test_manifest_of_another_program_is_refused(
 
 
 UNFINISHED = (
-    r"data.path='{}' holds shards of a prepared data set without its manifest.json, so they may be "
-    r"not all of it; (give one of the finished sets in it \(.*{}\), or )?repeat jobs/prepare_data"
+    r"data.path='{}' holds shards of a prepared data set without its _manifest.json, so they may "
+    r"be not all of it; (give one of the finished sets in it \(.*{}\), or )?"
+    r"repeat jobs/prepare_data"
 )
 
 
@@ -314,8 +315,8 @@ def test_what_a_killed_preparation_leaves_is_refused_wherever_it_stopped(
         assert len(todo) > 2
         raise KilledError
 
-    monkeypatch.setattr("pipeline.prepare._run_tasks", tasks)
-    monkeypatch.setattr("pipeline.prepare.joined_cluster", lambda _: _NoCluster())
+    monkeypatch.setattr("pipeline.prepare.job._run_tasks", tasks)
+    monkeypatch.setattr("pipeline.prepare.job.joined_cluster", lambda _: _NoCluster())
     with pytest.raises(KilledError):
         prepare(config)
     with pytest.raises(ValueError, match=UNFINISHED.format(out, "")):
