@@ -115,7 +115,9 @@ def test_rows_of_a_window_come_from_the_groups_that_lie_in_it(
             assert (groups[windows == inner] == group).all(), "it fills the windows between"
 
 
-@pytest.mark.parametrize("sizes", [100, np.full(10, 10)], ids=["files", "groups"])
+@pytest.mark.parametrize(
+    "sizes", [100, np.full(10, 10), np.array([100])], ids=["files", "groups", "group"]
+)
 def test_order_of_an_epoch_depends_on_epoch_and_seed_alone(sizes: Sizes) -> None:
     places = list(itertools.product((0, 1), (0, 1)))
     orders = [epoch_rows(SampleStream(seed, sizes, 50), e).tolist() for seed, e in places]
@@ -153,6 +155,12 @@ def test_groups_of_an_epoch_are_shuffled() -> None:
     groups = rows[::2] // 2
     assert sorted(groups.tolist()) == list(range(1000)), "a window of one group"
     assert abs(np.corrcoef(groups, np.arange(1000))[0, 1]) < 5 / np.sqrt(1000)
+
+
+def test_windows_are_shuffled_each_in_its_own_way() -> None:
+    rows = epoch_rows(SampleStream(0, np.array([400]), window=100), 0)
+    windows = {tuple(rows[first : first + 100] - first) for first in range(0, 400, 100)}
+    assert len(windows) == 4
 
 
 def test_rows_of_a_group_are_shuffled_among_the_other_groups_of_their_window() -> None:
