@@ -24,7 +24,6 @@ from PIL import Image
 
 MAX_PIXELS = 178_956_970  # where Pillow, too, takes an image for a decompression bomb
 _JPEG_START = b"\xff\xd8\xff"
-_EXIF_SEARCH_BYTES = 2**16  # EXIF lies in one of the first segments; missing it means no rotation
 _ORIENTATION_TAG = 0x0112
 _PNG_EXIF_MARKERS = (b"eXIf", b"Raw profile type exif")
 _TRANSPOSED = (5, 6, 7, 8)
@@ -74,7 +73,7 @@ class EncodedImage:
         if colorspace in ("CMYK", "YCCK"):
             return None
         orientation = 1
-        if encoded.find(b"Exif\0\0", 0, _EXIF_SEARCH_BYTES) >= 0:
+        if _has_exif(encoded):
             orientation = _orientation(encoded)
         return cls(encoded, (int(width), int(height)), orientation, True)
 
@@ -158,6 +157,19 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     elif largest > 255:
         scale = 255 / 65535
     return Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
+
+
+def _has_exif(jpeg: bytes) -> bool:
+    """Whether one of the application segments that precede the image is EXIF."""
+    position = 2
+    while jpeg[position : position + 1] == b"\xff":
+        marker = jpeg[position + 1 : position + 2]
+        if not (b"\xe0" <= marker <= b"\xef" or marker == b"\xfe"):
+            return False
+        if jpeg[position + 4 : position + 10] == b"Exif\0\0":
+            return True
+        position += 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
+    return False
 
 
 def _orientation(encoded: bytes) -> int:
