@@ -263,10 +263,22 @@ class TrainingBatches:
         context.target_max_block_size = max(_MIN_BLOCK_BYTES, micro_bytes)
         context.execution_options.preserve_order = True
         context.custom_execution_callback_classes = [_LoopThrottle]
-        # Every worker runs its own executor; none may take the CPUs of another.
-        cpus = max(1, self.config.data.num_cpus // self.config.scaling.num_workers)
-        context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=cpus)
+        context.execution_options.resource_limits = self._limits(micro_bytes)
         return dataset
+
+    def _limits(self, micro_bytes: int) -> ray.data.ExecutionResources:
+        """What this worker's executor may use: its share of the CPUs, and what its tasks make.
+
+        Every worker runs an executor of its own; none may take the CPUs or the memory of another.
+        """
+        config = self.config
+        cpus = max(1, config.data.num_cpus // config.scaling.num_workers)
+        num_tasks = max(1, int(cpus / _CPUS_PER_TASK)) + 1  # and one that is being read
+        micros_per_task = self.steps_per_task * config.accumulation_steps
+        num_micros = num_tasks * micros_per_task + config.data.prefetch_batches
+        return ray.data.ExecutionResources.for_limits(
+            cpu=cpus, object_store_memory=num_micros * micro_bytes
+        )
 
 
 class SyntheticBatches:

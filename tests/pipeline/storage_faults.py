@@ -37,10 +37,17 @@ class _FaultyFile(io.RawIOBase):
     def __init__(self, owner: FaultyFileSystem, path: str) -> None:
         self._owner, self._path = owner, path
         self._file = Path(path).open("rb")  # noqa: SIM115 - closed by `close`
+        self._is_lost = False
 
     def read(self, size: int = -1) -> bytes:
         self._owner.num_reads += 1
-        self._owner.fault(self._path)
+        if self._is_lost:
+            raise OSError(f"connection for {self._path} is lost")
+        try:
+            self._owner.fault(self._path)
+        except BaseException:
+            self._is_lost = True  # for good: only a new one can read on
+            raise
         return self._file.read(size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
