@@ -9,8 +9,8 @@ Delivered 224-px uint8 crops/s at the trainer, from prepared Parquet and from a 
   for the record, the same in as many processes at once (`parallel_images_per_s`).
 
 All in one run, interleaved. Each rate is taken between two fifths and four fifths of the images,
-when all processes run and queues neither fill nor drain. Each of our pipelines gets a fresh Ray, so that
-the time to its first batch includes starting it up. The last line printed is JSON.
+when all processes run and queues neither fill nor drain. Each of our pipelines gets a fresh Ray, so
+that the time to its first batch includes starting it up. The last line printed is JSON.
 """
 
 from __future__ import annotations
