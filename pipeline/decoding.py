@@ -27,6 +27,8 @@ _JPEG_START = b"\xff\xd8\xff"
 _ORIENTATION_TAG = 0x0112
 _PNG_EXIF_MARKERS = (b"eXIf", b"Raw profile type exif")
 _TRANSPOSED = (5, 6, 7, 8)
+_MIRRORED_X = (2, 3, 6, 7)
+_MIRRORED_Y = (3, 4, 7, 8)
 
 
 class BadImageError(ValueError):
@@ -120,6 +122,23 @@ class EncodedImage:
         return pixels
 
 
+def reduced_box(
+    image: EncodedImage, box: tuple[int, int, int, int], pixels: NDArray[np.uint8]
+) -> tuple[float, float, float, float]:
+    """A box (left, upper, right, lower) of an image, in pixels of what `decode` returned of it.
+
+    A decoder rounds reduced sizes up at the right and lower end of the stored pixels. So the factor
+    is the reduction and not the ratio of the sizes, and where the image is mirrored, what was
+    rounded up comes first.
+    """
+    (width, height), (rows, columns) = image.size, pixels.shape[:2]
+    reduction = round(width / columns)
+    x = columns - width / reduction if image.orientation in _MIRRORED_X else 0.0
+    y = rows - height / reduction if image.orientation in _MIRRORED_Y else 0.0
+    left, upper, right, lower = (side / reduction for side in box)
+    return (left + x, upper + y, min(right + x, columns), min(lower + y, rows))
+
+
 def decode_image(encoded: bytes) -> NDArray[np.uint8]:
     """RGB pixels (H, W, 3) of an encoded image at full size, by the rules above.
 
@@ -190,8 +209,8 @@ def _rotate(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Undo an EXIF orientation: 2 to 4 flip, 5 to 8 swap the axes first."""
     if orientation in _TRANSPOSED:
         pixels = pixels.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
+    if orientation in _MIRRORED_X:
         pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
+    if orientation in _MIRRORED_Y:
         pixels = pixels[::-1]
     return pixels

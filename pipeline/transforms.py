@@ -10,10 +10,18 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
+from cykooz_resizer import (
+    CropBox,
+    FilterType,
+    ImageData,
+    PixelType,
+    ResizeAlg,
+    ResizeOptions,
+    Resizer,
+)
 from numpy.typing import NDArray
 
-from pipeline.decoding import EncodedImage
+from pipeline.decoding import EncodedImage, reduced_box
 
 Box = tuple[int, int, int, int]
 """left, upper, right, lower in pixels."""
@@ -46,8 +54,7 @@ def random_resized_crop(
     box = random_crop_box(generator, image.size, scale, ratio)
     is_flipped = generator.random() < flip_prob
     pixels = image.decode(_reduction(box, image_size))
-    left, upper, right, lower = _scale_box(box, image.size, pixels)
-    crop = resize(pixels[upper:lower, left:right], image_size, image_size)
+    crop = _resize_box(pixels, reduced_box(image, box, pixels), image_size)
     return _flip(crop) if is_flipped else crop
 
 
@@ -82,17 +89,37 @@ def random_crop_box(
     return (left, upper, left + w, upper + h)
 
 
-def resize(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+def resize(
+    pixels: NDArray[np.uint8], width: int, height: int, box: CropBox | None = None
+) -> NDArray[np.uint8]:
     """Antialiased bicubic resize of (H, W, 3) uint8 to (height, width, 3).
 
     The kernel is Pillow's BICUBIC (a = -0.5), in SIMD integer arithmetic that gives the same bytes
     on every processor; values differ from Pillow's by 0.2 levels in the mean.
+
+    Args:
+        pixels: image.
+        width: of the result, in pixels.
+        height: of the result, in pixels.
+        box: part to resize, in fractions of pixels; None for all of it.
     """
     source = ImageData(pixels.shape[1], pixels.shape[0], PixelType.U8x3, pixels.tobytes())
     target = ImageData(width, height, PixelType.U8x3)
-    options = ResizeOptions(ResizeAlg.convolution(FilterType.catmull_rom))
+    options = ResizeOptions(ResizeAlg.convolution(FilterType.catmull_rom), crop_box=box)
     Resizer().resize(source, target, options)
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(height, width, 3)
+
+
+def _resize_box(
+    pixels: NDArray[np.uint8], box: tuple[float, float, float, float], side: int
+) -> NDArray[np.uint8]:
+    """A box of the image, in fractions of its pixels, resized to (side, side, 3)."""
+    left, upper, right, lower = box
+    x, y = math.floor(left), math.floor(upper)
+    part = pixels[y : math.ceil(lower), x : math.ceil(right)]
+    if part.shape[:2] == (lower - upper, right - left):  # a box of whole pixels
+        return resize(part, side, side)
+    return resize(part, side, side, CropBox(left - x, upper - y, right - left, lower - upper))
 
 
 def _flip(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -107,12 +134,3 @@ def _reduction(box: Box, image_size: int) -> int:
     """Largest of 8, 4, 2, 1 by which a decoder may divide the sides of the image."""
     side = min(box[2] - box[0], box[3] - box[1])
     return next((r for r in (8, 4, 2) if side >= r * _KEPT_FACTOR * image_size), 1)
-
-
-def _scale_box(box: Box, size: tuple[int, int], pixels: NDArray[np.uint8]) -> Box:
-    """A box of the whole image in pixels of the decoded one, which may be smaller."""
-    x, y = pixels.shape[1] / size[0], pixels.shape[0] / size[1]
-    if x == y == 1:
-        return box
-    left, upper = math.floor(box[0] * x), math.floor(box[1] * y)
-    return (left, upper, math.ceil(box[2] * x), math.ceil(box[3] * y))
