@@ -75,7 +75,10 @@ def git_commit(root: Path) -> str:
 
 def environment() -> dict[str, str]:
     """Host, platform and the versions that decide results."""
-    packages = ("torch", "torchvision", "timm", "ray", "mlflow", "numpy", "pillow", "pyarrow")
+    packages = (
+        *("torch", "torchvision", "timm", "ray", "mlflow", "numpy", "pillow", "pyarrow"),
+        *("simplejpeg", "cykooz.resizer"),
+    )
     facts = {"host": socket.gethostname(), "python": platform.python_version()}
     facts["platform"] = platform.platform()
     for package in packages:
