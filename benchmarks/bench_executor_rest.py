@@ -18,14 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import ray
 import torch
 
 import pipeline.data
 from pipeline.cluster import cluster
 from pipeline.config import PretrainConfig, apply_overrides
-from pipeline.data import SampleFactory, TrainingBatches
+from pipeline.data import SyntheticBatches, TrainingBatches
 from pipeline.demo_data import write_demo_photos
 from pipeline.pretrain import TrainState, forward_backward, to_device
 from pipeline.recipes import demo
@@ -48,16 +47,17 @@ def main() -> None:
 
 def measure(config: PretrainConfig) -> dict[str, float]:
     """Median steps/s with and without the rest, and their ratio."""
-    index = build_index(config.data.path)
-    index_ref = ray.put(index)
+    index_ref = ray.put(build_index(config.data.path))
     state = TrainState.build(config, torch.device("cpu"))
-    batch = SampleFactory.build(config, index).batch(np.arange(8))
+    batch = SyntheticBatches(config).batch
     images, mask = to_device(batch, config, torch.device("cpu"))
     rest_s = pipeline.data._EXECUTOR_REST_S
     rates: dict[float, list[float]] = {rest_s: [], 0.0: []}
     # Far more steps than are consumed: the executor runs ahead until its buffers are full.
-    stream = iter(TrainingBatches(config, index_ref, rank=0, start_step=0, num_steps=100_000))
-    next(stream)
+    batches = TrainingBatches(config, index_ref, rank=0, start_step=0, num_steps=100_000)
+    stream = iter(batches)
+    for _ in range(batches.bridge_steps + 1):  # the first ones do not come from Ray Data
+        next(stream)
     time.sleep(FILL_S)
     for _ in range(ROUNDS):
         for rest in rates:
