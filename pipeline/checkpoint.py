@@ -2,7 +2,9 @@
 
 Layout: `checkpoints/step_00000300/` with `state.pt` (student, teacher, optimiser, step, RNG),
 `encoder.safetensors` (backbone + neck, for downstream use) and `manifest.json` (sizes and sha256 of
-the other two). A folder whose files do not match its manifest is passed over, with a warning.
+the other two, written last). A folder whose files do not match its manifest is passed over, with a
+warning. Surprising: `save` only copies the tensors; a thread writes them while training goes on,
+so a checkpoint is there a little after `save` returned, and `finished` tells how it went.
 """
 
 from __future__ import annotations
@@ -12,79 +14,255 @@ import json
 import logging
 import os
 import shutil
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pyarrow import fs
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pipeline import storage
 
 logger = logging.getLogger(__name__)
 ENCODER_FILE = "encoder.safetensors"
 STATE_FILE = "state.pt"
 MANIFEST_FILE = "manifest.json"
+_FILES = (STATE_FILE, ENCODER_FILE)
+
+
+class Saved(NamedTuple):
+    """How writing a checkpoint ended."""
+
+    step: int
+    save_s: float
+    """Seconds the writing took, beside training."""
+    stall_s: float
+    """Seconds training stood still for it: waiting for the one before, copying tensors."""
+    num_bytes: int
+    error: str | None
+    """None when the checkpoint is there, whole."""
 
 
 class Checkpointer:
     """Writes, finds and prunes the checkpoints of one run.
 
     Args:
-        folder: where the step folders live; created when the first one is written.
+        location: folder of the step folders: a local path or a URI of a pyarrow file system;
+            created when the first one is written.
         keep: newest checkpoints kept.
+        keep_every_steps: checkpoints of multiples of this step are kept for good; 0: none.
         facts: strings stored in the manifest and in the safetensors header (model, config hash,
-        ...).
+            ...).
     """
 
-    def __init__(self, folder: Path, *, keep: int, facts: dict[str, str]) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        location: str | Path,
+        *,
+        keep: int,
+        keep_every_steps: int = 0,
+        facts: dict[str, str],
+    ) -> None:
+        self.location = str(location)
         self.keep = keep
+        self.keep_every_steps = keep_every_steps
         self.facts = facts
+        self._filesystem, self._root = storage.resolve(self.location)
+        self._is_local = storage.is_local(self._filesystem)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[Saved] | None = None
+        self._finished: list[Saved] = []
+        self._downloads: tempfile.TemporaryDirectory[str] | None = None
 
-    def save(self, step: int, state: dict[str, Any], encoder: dict[str, Tensor]) -> Path:
-        """Write the checkpoint of a step atomically and prune old ones.
+    def save(self, step: int, state: dict[str, Any], encoder: dict[str, Tensor]) -> None:
+        """Copy the state and have it written; first waits for the one before.
 
         Args:
             step: optimiser steps done.
             state: nested dicts and lists of tensors, numbers and strings.
             encoder: state dict of the encoder alone.
         """
-        final = self.folder / f"step_{step:08d}"
-        partial = self.folder / f".partial_{step:08d}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        torch.save(state, partial / STATE_FILE)
-        facts = {**self.facts, "step": str(step)}
-        tensors = {key: t.detach().cpu().contiguous() for key, t in encoder.items()}
-        save_file(tensors, partial / ENCODER_FILE, metadata=facts)
-        files = {name: _fingerprint(partial / name) for name in (STATE_FILE, ENCODER_FILE)}
-        manifest = {"step": step, "facts": facts, "files": files}
-        (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        folders = self._step_folders()
-        written = folders.index(final)
-        # Later steps are of a future this run did not take (it fell back to an older checkpoint).
-        for stale in (*folders[: max(0, written + 1 - self.keep)], *folders[written + 1 :]):
-            shutil.rmtree(stale, ignore_errors=True)
-        return final
+        started = time.monotonic()
+        self.wait()
+        copies: dict[Any, Tensor] = {}  # tensors of the encoder are in the state, too
+        state, encoder = _snapshot(state, copies), _snapshot(encoder, copies)
+        stall_s = time.monotonic() - started
+        self._pending = self._writer.submit(self._write, step, state, encoder, stall_s)
+
+    def wait(self) -> None:
+        """Wait until the checkpoint being written is done."""
+        if self._pending is not None:
+            self._finished.append(self._pending.result())
+            self._pending = None
+
+    def finished(self) -> list[Saved]:
+        """How the checkpoints ended that were done since the last call; does not wait."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        finished, self._finished = self._finished, []
+        return finished
 
     def latest(self) -> Path | None:
-        """Newest checkpoint whose files match its manifest, or None."""
-        for folder in reversed(self._step_folders()):
-            problem = _problem(folder)
+        """Newest checkpoint whose files match its manifest, or None.
+
+        Of a remote location a local copy, which lives as long as this object.
+        """
+        for step in reversed(self._steps()):
+            try:
+                folder = self.fetch(step)
+                problem = _problem(folder)
+            except FileNotFoundError as error:
+                problem = f"{type(error).__name__}: {error}"
             if problem is None:
                 return folder
-            logger.warning("checkpoint %s is passed over: %s", folder, problem)
+            where = f"{self.location}/{_name(step)}"
+            logger.warning("checkpoint %s is passed over: %s", where, problem)
         return None
 
-    def _step_folders(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*"))
+    def fetch(self, step: int) -> Path:
+        """Local folder of a checkpoint; copies it from a remote location. Does not check it."""
+        remote = f"{self._root}/{_name(step)}"
+        if self._is_local:
+            return Path(remote)
+        if self._downloads is None:
+            self._downloads = tempfile.TemporaryDirectory(prefix="itpn-checkpoints-")
+        local = Path(self._downloads.name) / _name(step)
+        local.mkdir(exist_ok=True)
+        for name in (MANIFEST_FILE, *_FILES):
+            content = storage.read_bytes(self._filesystem, f"{remote}/{name}")
+            (local / name).write_bytes(content)
+        return local
+
+    def _write(
+        self, step: int, state: dict[str, Any], encoder: dict[str, Tensor], stall_s: float
+    ) -> Saved:
+        """In the writing thread."""
+        started, num_bytes, problem = time.monotonic(), 0, None
+        try:
+            if self._is_local:
+                num_bytes = self._write_local(step, state, encoder)
+            else:
+                num_bytes = self._upload(step, state, encoder)
+            self._prune(step)
+        except Exception as error:  # torch reports a full disk as a RuntimeError
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            logger.warning("the checkpoint of step %d was not written: %s", step, problem)
+        return Saved(step, time.monotonic() - started, stall_s, num_bytes, problem)
+
+    def _write_local(self, step: int, state: dict[str, Any], encoder: dict[str, Tensor]) -> int:
+        root = Path(self._root)
+        final, partial = root / _name(step), root / f".partial_{step:08d}"
+        replaced = root / f".replaced_{step:08d}"
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            num_bytes = self._fill(partial, step, state, encoder)
+            if final.exists():
+                os.replace(final, replaced)
+            os.replace(partial, final)
+            _sync(root)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+        return num_bytes
+
+    def _upload(self, step: int, state: dict[str, Any], encoder: dict[str, Tensor]) -> int:
+        remote = f"{self._root}/{_name(step)}"
+        with tempfile.TemporaryDirectory(prefix="itpn-checkpoint-") as local:
+            num_bytes = self._fill(Path(local), step, state, encoder)
+            self._remove(step)
+            for name in (*_FILES, MANIFEST_FILE):  # the manifest last: it makes the others valid
+                content = (Path(local) / name).read_bytes()
+                storage.write_bytes(self._filesystem, f"{remote}/{name}", content)
+        return num_bytes
+
+    def _fill(
+        self, folder: Path, step: int, state: dict[str, Any], encoder: dict[str, Tensor]
+    ) -> int:
+        """Write the files of a checkpoint, down to the disk; returns their bytes."""
+        facts = {**self.facts, "step": str(step)}
+        torch.save(state, folder / STATE_FILE)
+        save_file(encoder, folder / ENCODER_FILE, metadata=facts)
+        files = {name: _fingerprint(folder / name) for name in _FILES}
+        manifest = {"step": step, "facts": facts, "files": files}
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+        for name in (*_FILES, MANIFEST_FILE, "."):
+            _sync(folder / name)
+        return sum(file["bytes"] for file in files.values())
+
+    def _prune(self, written: int) -> None:
+        steps = self._steps()
+        # Later steps are of a future this run did not take (it fell back to an older checkpoint).
+        future = [step for step in steps if step > written]
+        every = self.keep_every_steps
+        passing = [s for s in steps if s <= written and not (every and s % every == 0)]
+        newest = [s for s in steps if s <= written][-self.keep :]
+        for step in (*future, *(s for s in passing if s not in newest)):
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        if self._is_local:
+            shutil.rmtree(Path(self._root) / _name(step), ignore_errors=True)
+            return
+        folder = f"{self._root}/{_name(step)}"
+        manifest = f"{folder}/{MANIFEST_FILE}"
+        if self._filesystem.get_file_info(manifest).type != fs.FileType.NotFound:
+            self._filesystem.delete_file(manifest)  # first: without it nothing else counts
+        if self._filesystem.get_file_info(folder).type != fs.FileType.NotFound:
+            self._filesystem.delete_dir(folder)
+
+    def _steps(self) -> list[int]:
+        """Steps of the folders there are, oldest first."""
+        selector = fs.FileSelector(self._root, allow_not_found=True)
+        found = storage.with_retries(
+            lambda: self._filesystem.get_file_info(selector), self.location
+        )
+        names = [info.base_name for info in found if info.type == fs.FileType.Directory]
+        return sorted(int(n[5:]) for n in names if n.startswith("step_") and n[5:].isdigit())
+
+
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint folder."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def load_state(folder: Path) -> dict[str, Any]:
     """Training state of a checkpoint, on the CPU; never unpickles code."""
     state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     return state
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _snapshot(value: Any, copies: dict[Any, Tensor]) -> Any:
+    """A copy that training does not touch; what shares memory is copied once."""
+    if isinstance(value, Tensor):
+        key = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() == 0 or key not in copies:
+            copies[key] = value.detach().to("cpu", copy=True).contiguous()
+        return copies[key]
+    if isinstance(value, dict):
+        return {key: _snapshot(item, copies) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_snapshot(item, copies) for item in value)
+    return value
+
+
+def _sync(path: Path) -> None:
+    """Have a file's or a folder's content reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

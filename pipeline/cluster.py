@@ -35,10 +35,10 @@ PRIVATE_ENV = {
 _OBJECT_STORE_BYTES = 512 * 2**20  # uint8 batches in flight; Ray's default takes 30 % of the memory
 
 
-def needed_cpus(config: PretrainConfig) -> float:
-    """Logical CPUs of a run: training workers and decoding."""
-    decoding = max(config.data.num_cpus, config.scaling.num_workers)
-    return config.scaling.num_workers * config.scaling.cpus_per_worker + decoding
+def needed_cpus(config: PretrainConfig, num_workers: int) -> float:
+    """Logical CPUs of a run with so many workers: training and decoding."""
+    decoding = max(config.data.num_cpus, num_workers)
+    return num_workers * config.scaling.cpus_per_worker + decoding
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def cluster(config: PretrainConfig) -> Iterator[None]:
     Raises:
         ValueError: the cluster is too small for the run.
     """
-    with joined_cluster(math.ceil(needed_cpus(config))):
+    with joined_cluster(math.ceil(needed_cpus(config, config.scaling.max_workers))):
         _check_resources(config)
         yield
 
@@ -91,19 +91,19 @@ def joined_cluster(private_cpus: int) -> Iterator[None]:
 
 def _check_resources(config: PretrainConfig) -> None:
     total = ray.cluster_resources()
-    scaling = config.scaling
-    needed, has = needed_cpus(config), total.get("CPU", 0)
+    scaling, workers = config.scaling, config.scaling.min_workers
+    needed, has = needed_cpus(config, workers), total.get("CPU", 0)
     if needed > has:
-        decoding = needed - scaling.num_workers * scaling.cpus_per_worker
+        decoding = needed - workers * scaling.cpus_per_worker
         raise ValueError(
             f"the cluster has {has:g} CPUs but the run needs {needed:g}: scaling.num_workers="
-            f"{scaling.num_workers} x scaling.cpus_per_worker={scaling.cpus_per_worker:g} + "
+            f"{workers} x scaling.cpus_per_worker={scaling.cpus_per_worker:g} + "
             f"{decoding:g} for decoding (data.num_cpus, at least one a worker); lower one of them"
         )
-    if scaling.use_gpu and scaling.num_workers > total.get("GPU", 0):
+    if scaling.use_gpu and workers > total.get("GPU", 0):
         raise ValueError(
             f"the cluster has {total.get('GPU', 0):g} GPUs but scaling.num_workers="
-            f"{scaling.num_workers} with scaling.use_gpu needs one each; lower the workers or pass "
+            f"{workers} with scaling.use_gpu needs one each; lower the workers or pass "
             "--scaling.no-use-gpu"
         )
 

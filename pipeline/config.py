@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
@@ -37,14 +37,25 @@ class RunConfig:
     """Steps between log lines."""
     checkpoint_every_steps: int = 1000
     """Steps between checkpoints; the last step always writes one."""
+    checkpoint_every_minutes: float = 30.0
+    """Longest time without a checkpoint, looked at at log steps; 0: only steps count."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_every_steps: int = 0
+    """Checkpoints of multiples of this step are kept for good; 0: none."""
+    checkpoint_path: str = ""
+    """Where checkpoints go instead of the run's folder: <checkpoint_path>/<run.name>, local or a
+    URI such as s3://bucket/folder."""
+    on_checkpoint_error: Literal["continue", "stop"] = "continue"
+    """What to do when a checkpoint cannot be written, say on a full disk: train on (the last good
+    one is kept, the next one is tried), or stop."""
     evaluate_every_steps: int = 1000
     """Steps between evaluations on held-out crops; the last step always evaluates."""
     picture_every_steps: int = 1000
     """Steps between reconstruction pictures; the last step always draws one."""
     max_failures: int = 3
-    """Restarts from the newest checkpoint after worker failures; one more ends the run."""
+    """Restarts in a row after worker failures that reach no new checkpoint; one more ends the run.
+    Preempted nodes and a change of the number of workers do not count."""
     allow_config_change: bool = False
     """Resume although the configuration differs from the one the run was started with."""
     dry_run: Annotated[bool, tyro.conf.arg(name="dry-run", prefix_name=False)] = False
@@ -60,6 +71,9 @@ class RunConfig:
         for key in ("log", "checkpoint", "evaluate", "picture"):
             _require_positive(f"run.{key}_every_steps", getattr(self, f"{key}_every_steps"))
         _require_positive("run.keep_checkpoints", self.keep_checkpoints)
+        for key in ("checkpoint_every_minutes", "keep_every_steps", "max_failures"):
+            _require_not_negative(f"run.{key}", getattr(self, key))
+        _require_choice("run.on_checkpoint_error", self.on_checkpoint_error, ("continue", "stop"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,6 +215,9 @@ class OptimConfig:
     """AdamW betas."""
     clip_grad_norm: float = 0.0
     """Largest gradient norm; 0 does not clip (the norm is logged either way)."""
+    max_skipped_steps: int = 2
+    """Steps in a row that may be skipped because their loss or gradient is not finite; one more
+    stops the run."""
 
     def __post_init__(self) -> None:
         if (self.num_epochs is None) == (self.num_steps is None):
@@ -213,14 +230,18 @@ class OptimConfig:
         for key in ("lr", "base_lr", "num_epochs", "num_steps"):
             if (value := getattr(self, key)) is not None:
                 _require_positive(f"optim.{key}", value)
+        _require_not_negative("optim.max_skipped_steps", self.max_skipped_steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingConfig:
     """Training workers. Changes the speed of a run, not its batches."""
 
-    num_workers: int = 1
-    """Training workers (processes), one GPU each when use_gpu."""
+    num_workers: int | tuple[int, int] = 1
+    """Training workers (processes), one GPU each when use_gpu; two numbers: as many as the cluster
+    has room for, from the first to the second."""
+    resize_check_s: float = 60.0
+    """Seconds between looks at whether the cluster has room for more workers."""
     use_gpu: bool = False
     """Train on GPUs, in bfloat16 autocast with float32 losses."""
     cpus_per_worker: float = 1.0
@@ -229,9 +250,25 @@ class ScalingConfig:
     """Largest micro-batch; gradients accumulate until the global batch is complete."""
 
     def __post_init__(self) -> None:
-        _require_positive("scaling.num_workers", self.num_workers)
+        _require_positive("scaling.num_workers", self.min_workers)
+        if self.min_workers > self.max_workers:
+            raise ValueError(
+                f"scaling.num_workers={self.num_workers}: the first number, the fewest workers, "
+                "must not exceed the second, the most"
+            )
+        _require_positive("scaling.resize_check_s", self.resize_check_s)
         _require_positive("scaling.cpus_per_worker", self.cpus_per_worker)
         _require_positive("scaling.max_batch_size_per_worker", self.max_batch_size_per_worker)
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers the run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers the run takes; decides the size of a micro-batch."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,7 +298,7 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        batch, workers = self.data.global_batch_size, self.scaling.num_workers
+        batch, workers = self.data.global_batch_size, self.scaling.max_workers
         if batch % workers:
             lower = batch // workers * workers
             options = [str(b) for b in (lower, lower + workers) if b]
@@ -286,17 +323,23 @@ class PretrainConfig:
         return int(self.data.num_patches * (1 - self.objective.mask_ratio))
 
     @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches a worker adds up per step: the fewest that divide its share and fit."""
-        share = self.data.global_batch_size // self.scaling.num_workers
+    def batch_size_per_worker(self) -> int:
+        """Images of a micro-batch: the largest that fits and divides the share of each of the most
+        workers. Fewer workers take more micro-batches of the same size."""
+        share = self.data.global_batch_size // self.scaling.max_workers
         largest = self.scaling.max_batch_size_per_worker
-        return next(a for a in range(1, share + 1) if share % a == 0 and share // a <= largest)
+        parts = (a for a in range(1, share + 1) if share % a == 0)
+        return next(share // a for a in parts if share // a <= largest)
 
     @property
-    def batch_size_per_worker(self) -> int:
-        """Images of one micro-batch."""
-        share = self.data.global_batch_size // self.scaling.num_workers
-        return share // self.accumulation_steps
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step, over all workers."""
+        return self.data.global_batch_size // self.batch_size_per_worker
+
+    def micro_batches_of(self, rank: int, world_size: int) -> range:
+        """Which micro-batches of a step a worker takes: neighbours, as evenly as they divide."""
+        first, last = (self.num_micro_batches * r // world_size for r in (rank, rank + 1))
+        return range(first, last)
 
     @property
     def lr(self) -> float:
@@ -316,6 +359,11 @@ class PretrainConfig:
 def _require_positive(key: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{key}={value} must be greater than 0")
+
+
+def _require_not_negative(key: str, value: float) -> None:
+    if value < 0:
+        raise ValueError(f"{key}={value} must be 0 or more")
 
 
 def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -338,7 +386,7 @@ def config_from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
             raise ValueError(_unknown_key(key, list(hints)))
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             value = config_from_dict(hints[key], value)
-        elif get_origin(hints[key]) is tuple:
+        elif isinstance(value, list):  # JSON knows no tuples, configs no lists
             value = tuple(value)
         arguments[key] = value
     return cls(**arguments)
@@ -370,7 +418,11 @@ def apply_overrides(config: ConfigT, overrides: dict[str, Any]) -> ConfigT:
 
 def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Readable differences of two config dicts; settings that cannot change results are ignored."""
-    ignored = {"run.dry_run", "run.allow_config_change", "run.storage_path", "run.max_failures"}
+    ignored = {
+        *("run.dry_run", "run.allow_config_change", "run.storage_path", "run.max_failures"),
+        *("run.keep_checkpoints", "run.keep_every_steps", "run.checkpoint_every_minutes"),
+        *("run.on_checkpoint_error", "scaling.resize_check_s"),
+    }
     flat = [{f"{s}.{k}": v for s, d in c.items() for k, v in d.items()} for c in (old, new)]
     keys = sorted((set(flat[0]) | set(flat[1])) - ignored)
     missing = "<absent>"

@@ -154,14 +154,15 @@ class SampleFactory:
 
 
 def micro_batches(
-    stream: SampleStream, config: PretrainConfig, step: int, rank: int
+    stream: SampleStream, config: PretrainConfig, step: int, rank: int = 0, world_size: int = 1
 ) -> list[Draws]:
-    """One worker's micro-batches of a step."""
-    share = config.data.global_batch_size // config.scaling.num_workers
+    """One worker's micro-batches of a step. Their samples do not depend on the number of workers,
+    only who takes which."""
     whole = stream.step(step, config.data.global_batch_size)
-    mine = [column[rank * share : (rank + 1) * share] for column in whole]
-    parts = [np.split(column, config.accumulation_steps) for column in mine]
-    return [Draws(*part) for part in zip(*parts, strict=True)]
+    parts = [np.split(column, config.num_micro_batches) for column in whole]
+    micros = [Draws(*part) for part in zip(*parts, strict=True)]
+    mine = config.micro_batches_of(rank, world_size)
+    return micros[mine.start : mine.stop]
 
 
 def sample_stream(config: PretrainConfig, index: Index) -> SampleStream:
@@ -176,6 +177,7 @@ class TrainingBatches:
         config: the run.
         index_ref: object reference of the index (see `sources.build_index`).
         rank: this worker.
+        world_size: workers there are.
         start_step: first step wanted.
         num_steps: step after the last.
     """
@@ -185,17 +187,20 @@ class TrainingBatches:
         config: PretrainConfig,
         index_ref: ray.ObjectRef,
         *,
-        rank: int,
+        rank: int = 0,
+        world_size: int = 1,
         start_step: int,
         num_steps: int,
     ) -> None:
         self.config = config
         self.index_ref = index_ref
         self.rank = rank
+        self.world_size = world_size
         self.start_step = start_step
         self.num_steps = num_steps
         self.factory, self.stream = _factory(config, index_ref)
-        share = config.data.global_batch_size // config.scaling.num_workers
+        self.micros_per_step = len(config.micro_batches_of(rank, world_size))
+        share = self.micros_per_step * config.batch_size_per_worker
         self.steps_per_task = max(1, _SAMPLES_PER_TASK // share)
         self.bridge_steps = max(1, _BRIDGE_SAMPLES // share)
 
@@ -238,7 +243,7 @@ class TrainingBatches:
     def _micros(self, first: int, last: int) -> Iterator[Draws]:
         """The worker's micro-batches of the steps first..last-1."""
         for step in range(first, last):
-            yield from micro_batches(self.stream, self.config, step, self.rank)
+            yield from micro_batches(self.stream, self.config, step, self.rank, self.world_size)
 
     def _dataset(self, first: int, last: int) -> ray.data.Dataset:
         """Dataset of the steps first..last-1; one read task a few steps."""
@@ -251,6 +256,7 @@ class TrainingBatches:
                 "config": self.config,
                 "index_ref": [self.index_ref],  # in a list, so that Ray passes the reference itself
                 "rank": self.rank,
+                "world_size": self.world_size,
                 "first": first,
                 "last": last,
                 "steps_per_task": self.steps_per_task,
@@ -272,9 +278,9 @@ class TrainingBatches:
         Every worker runs an executor of its own; none may take the CPUs or the memory of another.
         """
         config = self.config
-        cpus = max(1, config.data.num_cpus // config.scaling.num_workers)
+        cpus = max(1, config.data.num_cpus // self.world_size)
         num_tasks = max(1, int(cpus / _CPUS_PER_TASK)) + 1  # and one that is being read
-        micros_per_task = self.steps_per_task * config.accumulation_steps
+        micros_per_task = self.steps_per_task * self.micros_per_step
         num_micros = num_tasks * micros_per_task + config.data.prefetch_batches
         return ray.data.ExecutionResources.for_limits(
             cpu=cpus, object_store_memory=num_micros * micro_bytes
@@ -319,6 +325,7 @@ def _load_steps(
     config: PretrainConfig,
     index_ref: list[ray.ObjectRef],
     rank: int,
+    world_size: int,
     first: int,
     last: int,
     steps_per_task: int,
@@ -330,7 +337,7 @@ def _load_steps(
         micros = [
             micro
             for step in range(begin, min(begin + steps_per_task, last))
-            for micro in micro_batches(stream, config, step, rank)
+            for micro in micro_batches(stream, config, step, rank, world_size)
         ]
         factory.reader.plan(np.concatenate([micro.rows for micro in micros]).tolist())
         for micro in micros:

@@ -17,8 +17,9 @@ from pipeline import tracking
 from pipeline.config import PretrainConfig, config_to_dict
 from pipeline.data import SyntheticBatches
 from pipeline.datasets import DataSets
-from pipeline.pretrain import TrainState, forward_backward, to_device
+from pipeline.pretrain import forward_backward, to_device
 from pipeline.run_folder import RunFolder
+from pipeline.train_state import TrainState
 from pipeline.trainer import describe
 
 _PROBE_BATCH = 2
@@ -46,7 +47,7 @@ def dry_run(config: PretrainConfig) -> str:
         f"{estimate['state_gib']:.2f} + activations of {config.batch_size_per_worker} images "
         f"{estimate['activations_gib']:.2f} (float32)",
         f"time      {estimate['image_s'] * 1000:.0f} ms an image on one {device.type} worker here; "
-        f"{config.scaling.num_workers} such workers need {estimate['run_s'] / 3600:.2f} h",
+        f"{config.scaling.max_workers} such workers need {estimate['run_s'] / 3600:.2f} h",
         f"storage   {_check_storage(folder)}",
         f"mlflow    {_check_mlflow(config, folder)}",
         "dry run: nothing was trained",
@@ -94,7 +95,7 @@ def _estimate(
     images_per_worker = (
         config.num_steps(data.num_samples)
         * config.data.global_batch_size
-        / config.scaling.num_workers
+        / config.scaling.max_workers
     )
     return {
         "num_parameters": total,

@@ -2,8 +2,7 @@
 
 It knows no Ray, no MLflow and no paths: batches come from an iterator, metrics go to a callback,
 states to a `Checkpointer`. Surprising: the loss is never taken off the device between log steps,
-but the gradient norm is looked at every step, because a non-finite one must stop the run *before*
-the update (the norm is of reduced gradients, so all workers agree).
+but every step is asked whether it is finite, because one that is not must not update the weights.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,94 +21,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.hivit import STRIDES
-from models.pretraining import PretrainingModel, create_pretraining_model
+from models.pretraining import PretrainingModel
 from models.teacher import EMATeacher
 from models.tokens import split_tokens
-from pipeline.checkpoint import Checkpointer, load_state
+from pipeline.checkpoint import Checkpointer
 from pipeline.config import PretrainConfig
 from pipeline.evaluate import PretrainEvaluation
 from pipeline.metrics import Meter, peak_memory_gib
-from pipeline.optim import build_optimizer, set_lr
+from pipeline.nonfinite import NonFiniteGuard, NonFiniteLossError, non_finite_message
+from pipeline.optim import set_lr
 from pipeline.pictures import reconstruction_picture
 from pipeline.quarantine import BadSample, check_bad_fraction
 from pipeline.schedules import teacher_momentum, warmup_cosine
+from pipeline.train_state import TrainState, Worker, max_over_workers, share_quarantine
 
 Batch = dict[str, NDArray[Any]]
 _PICTURE_ROWS = 8
-
-
-class NonFiniteLossError(ArithmeticError):
-    """Loss or gradient became infinite or NaN; the model is as it was before the step."""
-
-
-class Worker(NamedTuple):
-    """Where this process stands among the training workers."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = torch.device("cpu")
-
-    @property
-    def is_rank_zero(self) -> bool:
-        return self.rank == 0
-
-
-@dataclass
-class TrainState:
-    """Everything a checkpoint must hold to continue as if nothing had happened."""
-
-    model: PretrainingModel
-    teacher: EMATeacher | None
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    """Optimiser steps done; also the cursor in the sample stream."""
-    quarantine: dict[str, BadSample] = field(default_factory=dict)
-    """Bad samples met so far, by where they are."""
-
-    @classmethod
-    def build(cls, config: PretrainConfig, device: torch.device) -> TrainState:
-        """Fresh state; weights depend on the seed alone."""
-        torch.manual_seed(config.run.seed)
-        objective = config.objective
-        model = create_pretraining_model(
-            config.model.name,
-            img_size=config.data.image_size,
-            norm_pix_loss=objective.norm_pix_loss,
-            mfm_weight=objective.mfm_weight,
-            mfm_loss=objective.mfm_loss,
-        ).to(device)
-        teacher = None
-        if model.mfm is not None:
-            teacher = EMATeacher(model.encoder.backbone, teacher_input=objective.teacher_input)
-        optimizer = build_optimizer(
-            model,
-            lr=config.lr,
-            weight_decay=config.optim.weight_decay,
-            betas=config.optim.betas,
-        )
-        return cls(model, teacher, optimizer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data only."""
-        return {
-            "model": self.model.state_dict(),
-            "teacher": self.teacher.state_dict() if self.teacher else {},
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "quarantine": [list(sample) for sample in self.quarantine.values()],
-            "torch_rng": torch.get_rng_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.model.load_state_dict(state["model"])
-        if self.teacher:
-            self.teacher.load_state_dict(state["teacher"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        bad = [BadSample(*values) for values in state["quarantine"]]
-        self.quarantine = {sample.path: sample for sample in bad}
-        torch.set_rng_state(state["torch_rng"])
 
 
 @dataclass(frozen=True)
@@ -120,12 +47,16 @@ class Hooks:
     """Once, with the step the run starts at."""
     on_metrics: Callable[[int, dict[str, float]], bool] = lambda step, metrics: False
     """At log steps, worker 0 only; returns True to ask for a clean stop."""
+    wants_checkpoint: Callable[[int], bool] = lambda step: False
+    """At log steps; returns True to ask for a checkpoint now."""
     on_quarantine: Callable[[list[BadSample]], None] = lambda samples: None
     """When there are new bad samples, with all of them; worker 0 only."""
     on_picture: Callable[[int, bytes], None] = lambda step, png: None
     """At picture steps, worker 0 only."""
     on_checkpoint: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
-    """After a checkpoint was written, with the latest metrics."""
+    """After a checkpoint was handed to the checkpointer, with the latest metrics."""
+    on_non_finite: Callable[[dict[str, Any]], None] = lambda dump: None
+    """Before NonFiniteLossError, worker 0 only, with a state that replays the steps."""
 
 
 def pretrain(
@@ -152,21 +83,22 @@ def pretrain(
         hooks: callbacks.
 
     Returns:
-        Summary: steps, is_stopped, bad_samples (their paths), images_per_s, data_wait_frac and the
-        latest metrics.
+        Summary: steps, is_stopped, bad_samples (their paths), skipped_steps, images_per_s,
+        data_wait_frac and the latest metrics. The last checkpoint is written, or has failed (see
+        `Checkpointer.finished`).
 
     Raises:
-        NonFiniteLossError: before the update; names the step and the last logged loss.
+        NonFiniteLossError: more than optim.max_skipped_steps in a row; names step and last loss.
         TooManyBadSamplesError: at a log step.
     """
     run, num_steps = config.run, config.num_steps(num_samples)
     state = TrainState.build(config, worker.device)
-    if (newest := checkpointer.latest()) is not None:
-        state.load_state_dict(load_state(newest))
+    state.restore(checkpointer, worker)
     hooks.on_start(state.step)
     model = _wrap(state.model, worker)
     batches = iter(batches_from(state.step))
-    meter = Meter(config.data.global_batch_size)
+    num_micros = len(config.micro_batches_of(worker.rank, worker.world_size))
+    guard, meter = NonFiniteGuard(worker), Meter(config.data.global_batch_size)
     latest: dict[str, float] = {}
     new_bad: list[BadSample] = []
     is_stopped = False
@@ -177,36 +109,44 @@ def pretrain(
 
         losses = torch.zeros(2 + len(STRIDES), device=worker.device)  # total, mim, mfm by stride
         num_bad = 0
-        for micro in range(config.accumulation_steps):
+        for micro in range(num_micros):
             with meter.waiting():
                 batch = next(batches)
+            guard.add_batch(batch)
             bad = [BadSample(*json.loads(text)) for text in batch["bad"] if text]
             new_bad += bad
             num_bad += len(bad)
             images, mask = to_device(batch, config, worker.device)
             weight = _weight(batch, worker.device) if bad else None
-            is_last = micro == config.accumulation_steps - 1
-            with _no_sync_unless(is_last, model):
-                losses += forward_backward(model, state.teacher, images, mask, config, weight)
+            with _no_sync_unless(micro == num_micros - 1, model):
+                losses += forward_backward(
+                    model, state.teacher, images, mask, config, weight, worker.world_size
+                )
 
         clip = config.optim.clip_grad_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip)
-        if not bool(torch.isfinite(grad_norm)):
-            raise NonFiniteLossError(_non_finite_message(state.step, losses, grad_norm, latest))
-        state.optimizer.step()
+        is_skipped = not guard.admits(state, losses, grad_norm)
+        if not is_skipped:
+            state.optimizer.step()
+            if state.teacher:
+                momentum = schedules["optim/teacher_momentum"]
+                state.teacher.update(state.model.encoder.backbone, momentum)
+        elif state.skipped_in_a_row > config.optim.max_skipped_steps:
+            dump = guard.dump(state)
+            if worker.is_rank_zero:
+                hooks.on_non_finite(dump)
+            raise NonFiniteLossError(non_finite_message(state, losses, grad_norm, latest))
         state.optimizer.zero_grad(set_to_none=True)
-        if state.teacher:
-            momentum = schedules["optim/teacher_momentum"]
-            state.teacher.update(state.model.encoder.backbone, momentum)
         state.step += 1
         meter.step_done()
 
         is_final = state.step == num_steps
-        is_logging = is_final or state.step % run.log_every_steps == 0
+        is_logging = is_final or is_skipped or state.step % run.log_every_steps == 0
         is_evaluating = is_final or state.step % run.evaluate_every_steps == 0
+        is_saving = is_final or state.step % run.checkpoint_every_steps == 0
         record: dict[str, float] = {}
         # Whenever a record may end the run, or a checkpoint is due.
-        if is_logging or is_evaluating or state.step % run.checkpoint_every_steps == 0:
+        if is_logging or is_evaluating or is_saving:
             if share_quarantine(state, new_bad, worker) and worker.is_rank_zero:
                 hooks.on_quarantine(list(state.quarantine.values()))
             new_bad = []
@@ -215,6 +155,8 @@ def pretrain(
                 losses, num_bad, config.data.global_batch_size, has_mfm=state.teacher is not None
             )
             record |= {"train/grad_norm": float(grad_norm), **schedules}
+            record = {key: value for key, value in record.items() if math.isfinite(value)}
+            record["train/skipped_steps"] = float(state.skipped_steps)
             record["train/epoch"] = state.step * config.data.global_batch_size / num_samples
             record["data/bad_samples"] = float(len(state.quarantine))
             record |= {**meter.metrics(), **peak_memory_gib(worker.device)}
@@ -224,7 +166,10 @@ def pretrain(
             if record:
                 latest |= record
                 wants_stop = worker.is_rank_zero and hooks.on_metrics(state.step, record)
-                is_stopped = _any_worker(wants_stop, worker) and not is_final
+                wants_save = hooks.wants_checkpoint(state.step)
+                wish = max_over_workers(2 * wants_stop + wants_save, worker)
+                is_stopped = wish >= 2 and not is_final
+                is_saving |= wish > 0
                 check_bad_fraction(
                     state.quarantine.values(),
                     num_samples,
@@ -233,17 +178,21 @@ def pretrain(
                 )
             if worker.is_rank_zero and (is_final or state.step % run.picture_every_steps == 0):
                 hooks.on_picture(state.step, draw_picture(state, evaluation_batch, config))
-            if is_final or is_stopped or state.step % run.checkpoint_every_steps == 0:
+            if is_saving:
                 if worker.is_rank_zero:
+                    samples_seen = state.step * config.data.global_batch_size
+                    cursor = {"samples_seen": samples_seen, "epoch": samples_seen // num_samples}
                     encoder = state.model.encoder.state_dict()
-                    checkpointer.save(state.step, state.state_dict(), encoder)
+                    checkpointer.save(state.step, state.state_dict() | cursor, encoder)
                 hooks.on_checkpoint(state.step, latest)
+    checkpointer.wait()
     if not latest:  # killed after the last checkpoint and before the summary: nothing left to train
         latest |= evaluate(state, evaluation_batch, config, worker.device)
     return {
         "steps": state.step,
         "is_stopped": is_stopped,
         "bad_samples": sorted(state.quarantine),
+        "skipped_steps": state.skipped_steps,
         **meter.totals(),
         "metrics": latest,
     }
@@ -256,8 +205,12 @@ def forward_backward(
     mask: Tensor,
     config: PretrainConfig,
     weight: Tensor | None = None,
+    world_size: int = 1,
 ) -> Tensor:
     """Add the gradients of one micro-batch; returns its share of the step's losses, detached.
+
+    Shares are such that the mean over all workers is the mean over the global batch, also where
+    some workers have one micro-batch more than others.
 
     Args:
         model: the student, possibly wrapped for data parallelism.
@@ -276,9 +229,10 @@ def forward_backward(
             _, ids_masked = split_tokens(mask, config.num_visible)
             features = teacher(images, ids_masked)
         losses = model(images, mask, features, config.num_visible, weight)
-    (losses.total / config.accumulation_steps).backward()
+    share = world_size / config.num_micro_batches
+    (losses.total * share).backward()
     mfm = [losses.mfm.get(stride, torch.zeros_like(losses.mim)) for stride in STRIDES]
-    return torch.stack([losses.total, losses.mim, *mfm]).detach() / config.accumulation_steps
+    return torch.stack([losses.total, losses.mim, *mfm]).detach() * share
 
 
 def schedules_at(step: int, num_steps: int, config: PretrainConfig) -> dict[str, float]:
@@ -377,35 +331,3 @@ def _no_sync_unless(is_last: bool, model: nn.Module) -> contextlib.AbstractConte
     if is_last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
-
-
-def _any_worker(flag: bool, worker: Worker) -> bool:
-    """True on every worker when it is true on one."""
-    if worker.world_size == 1:
-        return flag
-    value = torch.tensor(int(flag), device=worker.device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
-
-
-def share_quarantine(state: TrainState, new: list[BadSample], worker: Worker) -> bool:
-    """Add every worker's new bad samples to each worker's quarantine; True when there were any."""
-    gathered = [new]
-    if worker.world_size > 1:
-        gathered = [[] for _ in range(worker.world_size)]
-        dist.all_gather_object(gathered, new)
-    before = len(state.quarantine)
-    state.quarantine |= {sample.path: sample for part in gathered for sample in part}
-    return len(state.quarantine) > before
-
-
-def _non_finite_message(
-    step: int, losses: Tensor, grad_norm: Tensor, latest: dict[str, float]
-) -> str:
-    last = latest.get("train/loss", float("nan"))
-    return (
-        f"step {step + 1}: loss {float(losses[0]):.6g} with gradient norm {float(grad_norm):.6g} "
-        f"is not finite; stopped before the update (last logged loss {last:.6g}). The newest "
-        "checkpoint is intact; lower optim.lr or set optim.clip_grad_norm, and resume with "
-        "--run.allow-config-change"
-    )

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,6 +28,7 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._records: list[tuple[int, dict[str, float]]] = []
+        self._remarks: list[str] = []
         self._is_stop_requested = False
 
     def post(self, step: int, metrics: dict[str, float]) -> bool:
@@ -34,10 +36,15 @@ class ProgressBoard:
         self._records.append((step, metrics))
         return self._is_stop_requested
 
-    def drain(self) -> list[tuple[int, dict[str, float]]]:
-        """Take all records."""
-        records, self._records = self._records, []
-        return records
+    def say(self, text: str) -> None:
+        """Leave a remark for the person at the driver's terminal."""
+        self._remarks.append(text)
+
+    def drain(self) -> tuple[list[str], list[tuple[int, dict[str, float]]]]:
+        """Take all remarks and records."""
+        taken = self._remarks, self._records
+        self._remarks, self._records = [], []
+        return taken
 
     def request_stop(self) -> None:
         """Ask the workers to save and leave at their next log step."""
@@ -45,8 +52,10 @@ class ProgressBoard:
 
 
 def create_board() -> Any:
-    """Start a ProgressBoard actor; it takes no CPU from the run."""
-    return ray.remote(num_cpus=0)(ProgressBoard).remote()
+    """Start a ProgressBoard actor beside the driver; it takes no CPU from the run."""
+    # On any other node it could be lost with that node, and worker 0 with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressBoard).remote()
 
 
 class ProgressDisplay:
@@ -86,7 +95,7 @@ class ProgressDisplay:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(text)
+        self._progress.console.print(text, markup=False)
 
 
 def format_record(step: int, num_steps: int, metrics: dict[str, Any]) -> str:

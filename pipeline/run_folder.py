@@ -1,12 +1,14 @@
 """The folder of a run: what lies where, and whether the same command may go on in it.
 
 `<run.storage_path>/<run.name>/` holds config.json, state.json (MLflow run id, status),
-metrics.jsonl, checkpoints/, reconstructions/, and at the end encoder.safetensors and summary.json.
+metrics.jsonl, events.jsonl (starts, checkpoints, faults), checkpoints/, reconstructions/, and at
+the end encoder.safetensors and summary.json.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,11 @@ class RunFolder:
         self.config = config
         self.storage_path = Path(config.run.storage_path).absolute()
         self.path = self.storage_path / config.run.name
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = str(self.path / "checkpoints")
+        if config.run.checkpoint_path:
+            self.checkpoints = f"{config.run.checkpoint_path.rstrip('/')}/{config.run.name}"
+        self.events_file = self.path / "events.jsonl"
+        self.non_finite_dumps = self.path / "nonfinite"
         self.summary_file = self.path / "summary.json"
         self._config_file = self.path / "config.json"
         self._state_file = self.path / "state.json"
@@ -56,7 +62,7 @@ class RunFolder:
     def open(self) -> None:
         """Create the folder and write the configuration."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._config_file.write_text(json.dumps(config_to_dict(self.config), indent=1))
+        _write(self._config_file, config_to_dict(self.config))
 
     @property
     def state(self) -> dict[str, Any]:
@@ -68,17 +74,27 @@ class RunFolder:
 
     def update_state(self, **facts: Any) -> None:
         """Add facts to the state."""
-        self._state_file.write_text(json.dumps({**self.state, **facts}, indent=1))
+        _write(self._state_file, {**self.state, **facts})
 
     def finish(self, summary: dict[str, Any], checkpoint: Path) -> None:
         """Publish the encoder, then the summary that marks the run as finished."""
         shutil.copyfile(checkpoint / ENCODER_FILE, self.path / ENCODER_FILE)
-        self.summary_file.write_text(json.dumps(summary, indent=1))
+        _write(self.summary_file, summary)
 
     def files_for_artifacts(self) -> list[Path]:
         """Small files worth a copy in MLflow at the end of the run."""
         names = (
-            *("config.json", "metrics.jsonl", "summary.json", "environment.json"),
+            *("config.json", "metrics.jsonl", "events.jsonl", "summary.json", "environment.json"),
             *(QUARANTINE_FILE, ENCODER_FILE),
         )
         return [self.path / name for name in names]
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Replace a small file in one go: a kill or a full disk leaves the old one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_text(json.dumps(content, indent=1))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

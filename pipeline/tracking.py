@@ -109,7 +109,9 @@ class Tracker:
         self.run_dir = run_dir
         self.run_id = run_id
         self._path = run_dir / "metrics.jsonl"
-        kept = _truncate_after(self._path, start_step)
+        kept, last_step = _truncate_after(self._path, start_step)
+        self.lost_steps = max(0, last_step - start_step)
+        """Steps logged before a kill that this attempt computes again."""
         self._file = self._path.open("a", buffering=1)
         self._mlflow = _MlflowThread(uri, run_id, system_metrics=system_metrics)
         for record in kept:  # what a killed worker had written but not yet delivered
@@ -143,14 +145,19 @@ class Tracker:
         self._mlflow.close()
 
 
-def _truncate_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop records past a step, which the resumed run writes again; returns those kept."""
+def _truncate_after(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
+    """Drop records past a step, which the resumed run writes again.
+
+    Returns:
+        The records kept, and the last step there was.
+    """
     if not path.exists():
-        return []
+        return [], 0
     complete = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    kept = [record for record in map(json.loads, complete) if record["step"] <= step]
+    records = [json.loads(line) for line in complete]
+    kept = [record for record in records if record["step"] <= step]
     path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    return kept
+    return kept, records[-1]["step"] if records else 0
 
 
 class _MlflowThread:

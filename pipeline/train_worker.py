@@ -1,23 +1,28 @@
-"""What each training worker executes: it connects data, loop, checkpoints and tracking.
+"""What each training worker executes: it connects data, loop, checkpoints, logbook and tracking.
 
-Surprising: errors that every worker meets at the same step (a loss that is not finite, too many bad
+Surprising: errors that every worker meets at the same step (steps that are not finite, too many bad
 images) are returned, not raised. Raised, Ray Train would restart the workers and meet them again.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterable
 from typing import Any
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 
 from pipeline import tracking
-from pipeline.checkpoint import Checkpointer
+from pipeline.checkpoint import Checkpointer, Saved
 from pipeline.config import PretrainConfig, config_from_dict, config_hash
 from pipeline.data import SampleFactory, SyntheticBatches, TrainingBatches
-from pipeline.pretrain import Batch, Hooks, NonFiniteLossError, Worker, pretrain
+from pipeline.logbook import Logbook, fault_metrics, give_up_message
+from pipeline.nonfinite import NonFiniteLossError
+from pipeline.pretrain import Batch, Hooks, pretrain
 from pipeline.quarantine import (
     QUARANTINE_FILE,
     BadSample,
@@ -26,96 +31,237 @@ from pipeline.quarantine import (
     write_quarantine,
 )
 from pipeline.run_folder import RunFolder
+from pipeline.train_state import Worker
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """What every training worker runs; worker 0's result becomes the run's."""
-    config = config_from_dict(PretrainConfig, job["config"])
     context = ray.train.get_context()
     worker = Worker(
         context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
     )
-    folder = RunFolder(config)
-    quarantine_file = str(folder.path / QUARANTINE_FILE)
-    num_steps = config.num_steps(job["num_samples"])
-    trackers: list[tracking.Tracker] = []
-    answers: list[ray.ObjectRef] = []
-
-    def on_start(step: int) -> None:
-        if worker.is_rank_zero:
-            system_metrics = config.tracking.system_metrics
-            trackers.append(
-                tracking.Tracker(
-                    folder.path, **job["mlflow"], start_step=step, system_metrics=system_metrics
-                )
-            )
-            if job["bad_files"]:
-                on_quarantine(read_quarantine(quarantine_file))
-
-    def on_metrics(step: int, metrics: dict[str, float]) -> bool:
-        trackers[0].log(step, metrics)
-        answers.append(job["board"].post.remote(step, metrics))
-        # The answer to the previous post is there by now: no waiting for the driver.
-        return bool(ray.get(answers.pop(0))) if len(answers) > 1 else False
-
-    def on_quarantine(samples: list[BadSample]) -> None:
-        bad = {sample.path: sample for sample in (*job["bad_files"], *samples)}
-        write_quarantine(quarantine_file, bad.values())
-
-    def on_picture(step: int, png: bytes) -> None:
-        trackers[0].log_picture(step, png)
-
-    def on_checkpoint(step: int, metrics: dict[str, float]) -> None:
-        ray.train.report({"step": step, **metrics})
-
-    def batches_from(step: int) -> Iterable[Batch]:
-        if config.data.synthetic:
-            return SyntheticBatches(config)
-        return TrainingBatches(
-            config,
-            job["train_index"][0],
-            rank=worker.rank,
-            start_step=step,
-            num_steps=num_steps,
-        )
-
-    def evaluation_batch() -> Batch:
-        if config.data.synthetic:
-            return SyntheticBatches(config).batch
-        held_out = SampleFactory.build(config, ray.get(job["val_index"][0]))
-        return held_out.evaluation_batch(worker.rank, worker.world_size)
-
+    session = WorkerSession(job, worker)
+    if (refusal := session.sign_on()) is not None:
+        return {"error": refusal}
     try:
-        outcome = pretrain(
-            config,
-            num_samples=job["num_samples"],
-            batches_from=batches_from,
-            evaluation_batch=evaluation_batch(),
-            checkpointer=run_checkpointer(config, folder),
-            worker=worker,
-            hooks=Hooks(
-                on_start=on_start,
-                on_metrics=on_metrics,
-                on_quarantine=on_quarantine,
-                on_picture=on_picture,
-                on_checkpoint=on_checkpoint,
-            ),
-        )
+        return session.run()
     except (NonFiniteLossError, TooManyBadSamplesError) as error:
         # Every worker raises it at the same step and would again: nothing to restart for.
-        return {"error": f"{error}"}
+        return {"error": f"{error}{session.postscript}"}
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        session.logbook.write("crash", rank=worker.rank, error=problem)
+        raise
     finally:
-        for tracker in trackers:
-            tracker.close()
-    return outcome
+        session.close()
 
 
-def run_checkpointer(config: PretrainConfig, folder: RunFolder) -> Checkpointer:
+class WorkerSession:
+    """One worker's part in a run, from a start of the worker group to its end.
+
+    Args:
+        job: what the driver sent (see `trainer.run_pretraining`).
+        worker: this process.
+    """
+
+    def __init__(self, job: dict[str, Any], worker: Worker) -> None:
+        self.job = job
+        self.worker = worker
+        self.config = config_from_dict(PretrainConfig, job["config"])
+        self.folder = RunFolder(self.config)
+        self.logbook = Logbook(self.folder.events_file)
+        self.checkpointer = run_checkpointer(self.config, self.folder, job["mlflow"]["run_id"])
+        self.postscript = ""
+        """What to add to the message of an error that ends the run."""
+        self._tracker: tracking.Tracker | None = None
+        self._answers: list[ray.ObjectRef] = []
+        self._faults: dict[str, float] = {}
+        self._failed: Saved | None = None
+        self._saved_at = time.monotonic()
+        self._preempted: list[str] = []
+
+    def sign_on(self) -> str | None:
+        """Note the start; on every worker, why the run must not go on once more, or None."""
+        refusal = None
+        if self.worker.is_rank_zero:
+            self.logbook.write("start", num_workers=self.worker.world_size)
+            refusal = give_up_message(self.logbook.read(), self.config.run.max_failures)
+        shared: str | None = ray.train.collective.broadcast_from_rank_zero(refusal)
+        return shared
+
+    def run(self) -> dict[str, Any]:
+        """Train; the summary of the loop, or {"error": why it is none}."""
+        outcome = pretrain(
+            self.config,
+            num_samples=self.job["num_samples"],
+            batches_from=self._batches_from,
+            evaluation_batch=self._evaluation_batch(),
+            checkpointer=self.checkpointer,
+            worker=self.worker,
+            hooks=Hooks(
+                on_start=self._on_start,
+                on_metrics=self._on_metrics,
+                wants_checkpoint=self._wants_checkpoint,
+                on_quarantine=self._on_quarantine,
+                on_picture=self._on_picture,
+                on_checkpoint=self._on_checkpoint,
+                on_non_finite=self._on_non_finite,
+            ),
+        )
+        self._note_checkpoints()
+        if self._failed is not None and (
+            outcome["is_stopped"] or self._failed.step == outcome["steps"]
+        ):
+            return {
+                "error": f"the checkpoint of step {self._failed.step} was not written: "
+                f"{self._failed.error}; the newest one before it is kept in "
+                f"{self.checkpointer.location}. Make room, and the same command resumes from it"
+            }
+        return {**outcome, "faults": self._faults}
+
+    def close(self) -> None:
+        """Deliver what is left to the tracking server."""
+        if self._tracker is not None:
+            self._tracker.close()
+
+    def _batches_from(self, step: int) -> Iterable[Batch]:
+        if self.config.data.synthetic:
+            return SyntheticBatches(self.config)
+        return TrainingBatches(
+            self.config,
+            self.job["train_index"][0],
+            rank=self.worker.rank,
+            world_size=self.worker.world_size,
+            start_step=step,
+            num_steps=self.config.num_steps(self.job["num_samples"]),
+        )
+
+    def _evaluation_batch(self) -> Batch:
+        if self.config.data.synthetic:
+            return SyntheticBatches(self.config).batch
+        held_out = SampleFactory.build(self.config, ray.get(self.job["val_index"][0]))
+        return held_out.evaluation_batch(self.worker.rank, self.worker.world_size)
+
+    def _on_start(self, step: int) -> None:
+        if not self.worker.is_rank_zero:
+            return
+        self._tracker = tracking.Tracker(
+            self.folder.path,
+            **self.job["mlflow"],
+            start_step=step,
+            system_metrics=self.config.tracking.system_metrics,
+        )
+        lost = self._tracker.lost_steps
+        self.logbook.write("resume", step=step, lost_steps=lost, num_workers=self.worker.world_size)
+        self._faults = fault_metrics(self.logbook.read())
+        if step > 0:
+            self._say(
+                f"continuing from step {step} with {self.worker.world_size} workers"
+                + (f"; {lost} steps are computed again" if lost else "")
+            )
+        if self.job["bad_files"]:
+            self._on_quarantine(read_quarantine(self._quarantine_file))
+
+    def _on_metrics(self, step: int, metrics: dict[str, float]) -> bool:
+        assert self._tracker is not None, "on_start comes first"
+        record = metrics | self._note_checkpoints()
+        record |= self._faults | {"scaling/num_workers": float(self.worker.world_size)}
+        self._tracker.log(step, record)
+        self._answers.append(self.job["board"].post.remote(step, record))
+        # The answer to the previous post is there by now: no waiting for the driver.
+        wants_stop = bool(ray.get(self._answers.pop(0))) if len(self._answers) > 1 else False
+        return wants_stop or (
+            self._failed is not None and self.config.run.on_checkpoint_error == "stop"
+        )
+
+    def _wants_checkpoint(self, step: int) -> bool:
+        """A node is about to be taken away, or it has been long since the last checkpoint."""
+        minutes = self.config.run.checkpoint_every_minutes
+        is_overdue = 0 < 60 * minutes <= time.monotonic() - self._saved_at
+        info = ray.train.get_preemption_info()  # every worker must ask equally often
+        if info is None or info.preempted_node_ids == self._preempted:
+            return is_overdue
+        self._preempted = info.preempted_node_ids
+        if self.worker.is_rank_zero:
+            self.logbook.write("preemption", step=step, nodes=self._preempted)
+            self._say(f"{len(self._preempted)} nodes are about to be taken away: saving")
+        return True
+
+    @property
+    def _quarantine_file(self) -> str:
+        return str(self.folder.path / QUARANTINE_FILE)
+
+    def _on_quarantine(self, samples: list[BadSample]) -> None:
+        bad = {sample.path: sample for sample in (*self.job["bad_files"], *samples)}
+        write_quarantine(self._quarantine_file, bad.values())
+
+    def _on_picture(self, step: int, png: bytes) -> None:
+        assert self._tracker is not None, "on_start comes first"
+        self._tracker.log_picture(step, png)
+
+    def _on_checkpoint(self, step: int, metrics: dict[str, float]) -> None:
+        self._saved_at = time.monotonic()
+        ray.train.report({"step": step, **metrics})
+
+    def _note_checkpoints(self) -> dict[str, float]:
+        """Write down how the checkpoints ended that are done by now; metrics of the last."""
+        metrics: dict[str, float] = {}
+        for saved in self.checkpointer.finished():
+            if saved.error is None:
+                self._failed = None
+                self.logbook.write(
+                    "checkpoint",
+                    step=saved.step,
+                    save_s=round(saved.save_s, 4),
+                    stall_s=round(saved.stall_s, 4),
+                    bytes=saved.num_bytes,
+                )
+                metrics = {
+                    "checkpoint/save_s": saved.save_s,
+                    "checkpoint/stall_s": saved.stall_s,
+                    "checkpoint/gib": saved.num_bytes / 2**30,
+                }
+                continue
+            self._failed = saved
+            self.logbook.write("checkpoint_failed", step=saved.step, error=saved.error)
+            self._faults["fault/failed_checkpoints"] += 1
+            self._say(
+                f"the checkpoint of step {saved.step} was not written: {saved.error}; the newest "
+                "one before it is kept"
+            )
+        return metrics
+
+    def _on_non_finite(self, dump: dict[str, Any]) -> None:
+        """Leave a dump that replays under nonfinite/."""
+        folder = self.folder.non_finite_dumps
+        writer = Checkpointer(folder, keep=1, facts=self.checkpointer.facts)
+        encoder = {k: v for k, v in dump["model"].items() if k.startswith("encoder.")}
+        writer.save(dump["step"], dump, encoder)
+        writer.wait()
+        if (failed := writer.finished()[-1].error) is not None:
+            self.postscript = f". The dump was not written: {failed}"
+            return
+        path = writer.fetch(dump["step"])
+        (path / "streak.json").write_text(json.dumps(dump["streak"], indent=1))
+        self.postscript = f". To look into it: python -m jobs.replay {path}"
+
+    def _say(self, text: str) -> None:
+        self.job["board"].say.remote(text)
+
+
+def run_checkpointer(config: PretrainConfig, folder: RunFolder, mlflow_run_id: str) -> Checkpointer:
     """The checkpoints of a run."""
+    run = config.run
     facts = {
         "model": config.model.name,
         "image_size": str(config.data.image_size),
-        "run": config.run.name,
+        "run": run.name,
         "config_hash": config_hash(config),
+        "mlflow_run_id": mlflow_run_id,
     }
-    return Checkpointer(folder.checkpoints, keep=config.run.keep_checkpoints, facts=facts)
+    return Checkpointer(
+        folder.checkpoints,
+        keep=run.keep_checkpoints,
+        keep_every_steps=run.keep_every_steps,
+        facts=facts,
+    )

@@ -26,6 +26,7 @@ from pipeline.config import (
     flatten_config,
 )
 from pipeline.datasets import DataSets
+from pipeline.logbook import Logbook, fault_metrics
 from pipeline.progress import ProgressDisplay, create_board
 from pipeline.reproducibility import environment, git_commit
 from pipeline.run_folder import RunFolder
@@ -84,14 +85,17 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
     folder.update_state(mlflow_run_id=run_id, status="RUNNING")
     logger.info(describe(config, data))
 
-    checkpoints = run_checkpointer(config, folder)
+    checkpoints = run_checkpointer(config, folder, run_id)
+    logbook = Logbook(folder.events_file)
+    logbook.write("submit", num_workers=config.scaling.num_workers)
     status, start = "FAILED", time.time()
     try:
         with cluster(config):
             outcome = _fit(config, data, folder, uri, run_id)
         if outcome["is_stopped"]:
             raise KeyboardInterrupt
-        summary = _summarise(config, outcome, run_id, wall_s=time.time() - start)
+        faults = fault_metrics(logbook.read())
+        summary = _summarise(config, outcome, run_id, faults, wall_s=time.time() - start)
         checkpoint = checkpoints.latest()
         assert checkpoint is not None, "the last step always writes a checkpoint"
         folder.finish(summary, checkpoint)
@@ -100,6 +104,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
         status = "KILLED"
         raise
     finally:
+        logbook.write("end", status=status)
         folder.update_state(status=status)
         newest = checkpoints.latest() if config.tracking.checkpoint_artifact else None
         tracking.close_run(uri, run_id, status, folder.files_for_artifacts(), newest)
@@ -108,7 +113,10 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
 
 def describe(config: PretrainConfig, data: DataSets) -> str:
     """The header of a run: data, batch and learning-rate arithmetic."""
-    batch, workers = config.data.global_batch_size, config.scaling.num_workers
+    batch, scaling = config.data.global_batch_size, config.scaling
+    workers = f"{scaling.max_workers} workers"
+    if scaling.min_workers < scaling.max_workers:
+        workers = f"{scaling.min_workers} to {workers}"
     steps = config.num_steps(data.num_samples)
     lr = f"{config.lr:.3g}"
     if config.optim.lr is None:
@@ -118,8 +126,8 @@ def describe(config: PretrainConfig, data: DataSets) -> str:
     return (
         f"run '{config.run.name}': {config.model.name} at {config.data.image_size} px on "
         f"{data.num_samples} {kind}, {steps} steps ({epochs:.4g} epochs)\n"
-        f"global batch {batch} = {workers} workers x {config.batch_size_per_worker} x "
-        f"{config.accumulation_steps} accumulation; learning rate {lr}; "
+        f"global batch {batch} = {config.num_micro_batches} micro-batches of "
+        f"{config.batch_size_per_worker} over {workers}; learning rate {lr}; "
         f"{config.num_visible} of {config.data.num_patches} patches visible"
     )
 
@@ -145,6 +153,7 @@ def _fit(
         train_loop_config=job,
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.scaling.num_workers,
+            elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
             use_gpu=config.scaling.use_gpu,
             resources_per_worker=_worker_resources(config),
         ),
@@ -153,7 +162,8 @@ def _fit(
         run_config=ray.train.RunConfig(
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(folder.path / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
+            # When to give up is the logbook's business: Ray would count every worker ever lost.
+            failure_config=ray.train.FailureConfig(max_failures=-1),
         ),
     )
     result: dict[str, Any] = {}
@@ -187,8 +197,7 @@ def _follow(is_done: threading.Event, board: Any, display: ProgressDisplay) -> N
     while not is_done.is_set():
         try:
             is_done.wait(_POLL_S)
-            for step, metrics in ray.get(board.drain.remote()):
-                display.show(step, metrics)
+            _show_news(board, display)
             if deadline is not None and time.monotonic() > deadline:
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -197,7 +206,14 @@ def _follow(is_done: threading.Event, board: Any, display: ProgressDisplay) -> N
             deadline = time.monotonic() + _STOP_GRACE_S
             board.request_stop.remote()
             display.say("stopping after the next log step; Ctrl-C again stops at once")
-    for step, metrics in ray.get(board.drain.remote()):
+    _show_news(board, display)
+
+
+def _show_news(board: Any, display: ProgressDisplay) -> None:
+    remarks, records = ray.get(board.drain.remote())
+    for remark in remarks:
+        display.say(remark)
+    for step, metrics in records:
         display.show(step, metrics)
 
 
@@ -217,7 +233,12 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _summarise(
-    config: PretrainConfig, outcome: dict[str, Any], run_id: str, *, wall_s: float
+    config: PretrainConfig,
+    outcome: dict[str, Any],
+    run_id: str,
+    faults: dict[str, float],
+    *,
+    wall_s: float,
 ) -> dict[str, Any]:
     """Content of summary.json."""
     metrics = outcome["metrics"]
@@ -231,5 +252,9 @@ def _summarise(
         "mfm_loss_over_baseline": metrics.get("val/mfm_loss_over_baseline"),
         "mlflow_run_id": run_id,
         "bad_samples": outcome["bad_samples"],
+        "skipped_steps": outcome["skipped_steps"],
+        "restarts": int(faults["fault/restarts"]),
+        "lost_steps": int(faults["fault/lost_steps"]),
+        "total_wall_s": round(faults["fault/wall_s"], 2),
         "metrics": metrics,
     }

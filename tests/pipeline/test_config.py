@@ -169,7 +169,7 @@ def test_micro_batches_of_all_workers_multiply_to_the_global_batch(
         "data.num_eval_crops": 64,
     }
     config = apply_overrides(debug(), overrides)
-    steps = config.accumulation_steps
+    steps = config.num_micro_batches // num_workers
     assert config.batch_size_per_worker * steps * num_workers == share * num_workers
     assert config.batch_size_per_worker <= largest
     fitting = [a for a in range(1, steps) if share % a == 0 and share // a <= largest]
@@ -189,7 +189,9 @@ def test_global_batch_of_1536_is_split_as_computed_by_hand(
         "scaling.max_batch_size_per_worker": 64,
     }
     config = apply_overrides(debug(), overrides)
-    assert (config.batch_size_per_worker, config.accumulation_steps) == (micro_batch, accumulation)
+    assert config.batch_size_per_worker == micro_batch
+    assert config.num_micro_batches == num_workers * accumulation
+    assert len(config.micro_batches_of(0, num_workers)) == accumulation
 
 
 def test_lr_is_base_lr_per_256_images_unless_lr_is_given() -> None:

@@ -109,14 +109,15 @@ def test_workers_micro_batches_are_together_the_step_at_any_count_and_size(
     }
     config = apply_overrides(debug(), overrides)
     stream = SampleStream(0, sizes, window)
-    by_rank = [micro_batches(stream, config, step, rank) for rank in range(num_workers)]
-    for micros in by_rank:
-        assert len(micros) == config.accumulation_steps
-        assert {len(micro.rows) for micro in micros} == {config.batch_size_per_worker}
-        assert config.batch_size_per_worker <= largest
-    parts = [micro for micros in by_rank for micro in micros]
-    for column, whole in zip(zip(*parts, strict=True), stream.step(step, batch), strict=True):
-        np.testing.assert_array_equal(np.concatenate(column), whole)
+    assert config.batch_size_per_worker <= largest
+    for world_size in range(1, num_workers + 1):  # also what is left when workers are lost
+        by_rank = [micro_batches(stream, config, step, r, world_size) for r in range(world_size)]
+        counts = [len(micros) for micros in by_rank]
+        assert max(counts) - min(counts) <= 1 and min(counts) >= 1, "shared evenly"
+        parts = [micro for micros in by_rank for micro in micros]
+        assert {len(micro.rows) for micro in parts} == {config.batch_size_per_worker}
+        for column, whole in zip(zip(*parts, strict=True), stream.step(step, batch), strict=True):
+            np.testing.assert_array_equal(np.concatenate(column), whole)
 
 
 @pytest.mark.parametrize(("num_workers", "micro_batch"), [(2, 8), (4, 2)])
@@ -134,7 +135,7 @@ def test_steps_hold_the_same_crops_and_masks_at_any_worker_count(
         parts = [
             shared.batch(micro)
             for rank in range(num_workers)
-            for micro in micro_batches(stream, shared.config, step, rank)
+            for micro in micro_batches(stream, shared.config, step, rank, num_workers)
         ]
         for key, values in whole.items():
             np.testing.assert_array_equal(np.concatenate([p[key] for p in parts]), values)

@@ -126,7 +126,7 @@ def test_accumulating_micro_batches_equals_one_large_batch(
             assert pair[0] == pytest.approx(pair[1], rel=1e-4), (step, key)
 
 
-def test_a_nan_loss_stops_before_the_update_and_names_step_and_last_loss(
+def test_nan_losses_in_a_row_stop_before_an_update_and_name_step_and_last_loss(
     debug_config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = apply_overrides(debug_config, {"run.checkpoint_every_steps": 3})
@@ -148,12 +148,14 @@ def test_a_nan_loss_stops_before_the_update_and_names_step_and_last_loss(
         return batch
 
     run = LocalRun(config, tmp_path, change_batch=poison)
-    with pytest.raises(NonFiniteLossError, match=r"step 5: loss nan .* before the update") as error:
+    with pytest.raises(NonFiniteLossError, match=r"step 7: loss nan .* the 3. such") as error:
         run()
     assert f"last logged loss {run.records[4]['train/loss']:.6g}" in str(error.value)
     after = states[-1].model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in weights.items())
-    assert load_state(run.checkpointer.latest())["step"] == 3, "the last good checkpoint is kept"
+    newest = load_state(run.checkpointer.latest())
+    assert newest["step"] == 6 and newest["skipped_in_a_row"] == newest["skipped_steps"] == 2
+    assert all(torch.equal(newest["model"][key], value) for key, value in weights.items())
 
 
 def test_training_beats_the_trivial_predictors_on_gradients(
