@@ -9,6 +9,7 @@ so a checkpoint is there a little after `save` returned, and `finished` tells ho
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -111,6 +112,8 @@ class Checkpointer:
 
         Of a remote location a local copy, which lives as long as this object.
         """
+        if self._is_local:
+            self._put_back_replaced()
         for step in reversed(self._steps()):
             try:
                 folder = self.fetch(step)
@@ -147,18 +150,20 @@ class Checkpointer:
                 num_bytes = self._write_local(step, state, encoder)
             else:
                 num_bytes = self._upload(step, state, encoder)
-            self._prune(step)
         except Exception as error:  # torch reports a full disk as a RuntimeError
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            problem = _one_line(error)
             logger.warning("the checkpoint of step %d was not written: %s", step, problem)
+        else:
+            self._prune_or_warn(step)
         return Saved(step, time.monotonic() - started, stall_s, num_bytes, problem)
 
     def _write_local(self, step: int, state: dict[str, Any], encoder: dict[str, Tensor]) -> int:
         root = Path(self._root)
         final, partial = root / _name(step), root / f".partial_{step:08d}"
-        replaced = root / f".replaced_{step:08d}"
-        for leftover in (partial, replaced):
+        self._put_back_replaced()
+        for leftover in root.glob(".partial_*"):  # of a killed writer, maybe at another step
             shutil.rmtree(leftover, ignore_errors=True)
+        replaced = root / f".replaced_{step:08d}"
         try:
             partial.mkdir(parents=True)
             num_bytes = self._fill(partial, step, state, encoder)
@@ -168,18 +173,37 @@ class Checkpointer:
             _sync(root)
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+            self._put_back_replaced()
             raise
         shutil.rmtree(replaced, ignore_errors=True)
         return num_bytes
+
+    def _put_back_replaced(self) -> None:
+        """Undo a replacement that was cut off between moving the old one away and the new one in.
+
+        Otherwise a kill at that moment would leave the run without this step.
+        """
+        for replaced in Path(self._root).glob(".replaced_*"):
+            final = replaced.with_name(_name(int(replaced.name.removeprefix(".replaced_"))))
+            if final.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):  # another process was faster
+                    os.replace(replaced, final)
 
     def _upload(self, step: int, state: dict[str, Any], encoder: dict[str, Tensor]) -> int:
         remote = f"{self._root}/{_name(step)}"
         with tempfile.TemporaryDirectory(prefix="itpn-checkpoint-") as local:
             num_bytes = self._fill(Path(local), step, state, encoder)
             self._remove(step)
-            for name in (*_FILES, MANIFEST_FILE):  # the manifest last: it makes the others valid
-                content = (Path(local) / name).read_bytes()
-                storage.write_bytes(self._filesystem, f"{remote}/{name}", content)
+            try:
+                for name in (*_FILES, MANIFEST_FILE):  # it comes last: it makes the others valid
+                    content = (Path(local) / name).read_bytes()
+                    storage.write_bytes(self._filesystem, f"{remote}/{name}", content)
+            except Exception:
+                with contextlib.suppress(Exception):  # the store may be gone altogether
+                    self._remove(step)
+                raise
         return num_bytes
 
     def _fill(
@@ -195,6 +219,13 @@ class Checkpointer:
         for name in (*_FILES, MANIFEST_FILE, "."):
             _sync(folder / name)
         return sum(file["bytes"] for file in files.values())
+
+    def _prune_or_warn(self, written: int) -> None:
+        """The new checkpoint counts, also where old ones may not be deleted."""
+        try:
+            self._prune(written)
+        except Exception as error:
+            logger.warning("old checkpoints in %s stay: %s", self.location, _one_line(error))
 
     def _prune(self, written: int) -> None:
         steps = self._steps()
@@ -256,6 +287,12 @@ def _snapshot(value: Any, copies: dict[Any, Tensor]) -> Any:
     return value
 
 
+def _one_line(error: Exception) -> str:
+    """Class and first line of an error; some, such as MemoryError, have no text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def _sync(path: Path) -> None:
     """Have a file's or a folder's content reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -280,6 +317,6 @@ def _problem(folder: Path) -> str | None:
                 return f"{name} has {found['bytes']} bytes, not the {expected['bytes']} written"
             if found != expected:
                 return f"{name} has changed since it was written (sha256)"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -23,6 +23,8 @@ class LocalRun:
     folder: Path
     change_batch: Callable[[int, Batch], Batch] = lambda step, batch: batch
     stop_at: int = -1
+    save_at: tuple[int, ...] = ()
+    """Steps at which `wants_checkpoint` asks for one."""
     records: dict[int, dict[str, float]] = field(default_factory=dict)
     pictures: dict[int, bytes] = field(default_factory=dict)
     seen: list[int] = field(default_factory=list)
@@ -34,6 +36,10 @@ class LocalRun:
     quarantines: list[list[BadSample]] = field(default_factory=list)
     """What `on_quarantine` was called with, call by call."""
     started_at: int = -1
+    dump: dict[str, Any] = field(default_factory=dict)
+    """What `on_non_finite` was called with."""
+    saved: list[int] = field(default_factory=list)
+    """Steps that `on_checkpoint` was called with."""
 
     def __call__(self) -> dict[str, Any]:
         index = build_index(
@@ -41,19 +47,26 @@ class LocalRun:
         )
         factory = SampleFactory.build(self.config, index)
         held_out = SampleFactory.build(self.config, index)
-        return pretrain(
-            self.config,
-            num_samples=len(factory.reader),
-            batches_from=lambda step: self._batches(factory, step),
-            evaluation_batch=held_out.evaluation_batch(),
-            checkpointer=self.checkpointer,
-            hooks=Hooks(
-                on_start=self._on_start,
-                on_metrics=self._on_metrics,
-                on_quarantine=self.quarantines.append,
-                on_picture=self.pictures.__setitem__,
-            ),
-        )
+        checkpointer = self.checkpointer
+        try:
+            return pretrain(
+                self.config,
+                num_samples=len(factory.reader),
+                batches_from=lambda step: self._batches(factory, step),
+                evaluation_batch=held_out.evaluation_batch(),
+                checkpointer=checkpointer,
+                hooks=Hooks(
+                    on_start=self._on_start,
+                    on_metrics=self._on_metrics,
+                    wants_checkpoint=lambda step: step in self.save_at,
+                    on_quarantine=self.quarantines.append,
+                    on_picture=self.pictures.__setitem__,
+                    on_checkpoint=self._on_checkpoint,
+                    on_non_finite=self.dump.update,
+                ),
+            )
+        finally:
+            checkpointer.wait()  # this process goes on, and with it the thread that writes
 
     @property
     def checkpointer(self) -> Checkpointer:
@@ -77,6 +90,9 @@ class LocalRun:
     def _on_metrics(self, step: int, metrics: dict[str, float]) -> bool:
         self.records[step] = metrics
         return step == self.stop_at
+
+    def _on_checkpoint(self, step: int, metrics: dict[str, float]) -> None:
+        self.saved.append(step)
 
     def history(self) -> dict[int, dict[str, float]]:
         """Records without what depends on the clock."""

@@ -1,9 +1,12 @@
-"""A file system whose reads fail when told to, as a network's do."""
+"""A file system whose reads fail when told to, as a network's do, and a disk that fills up."""
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +103,28 @@ def install(
     monkeypatch.setattr(storage, "resolve", resolve_or_fail)
     monkeypatch.setattr(storage, "RETRY_PAUSES_S", (0.0,) * len(storage.RETRY_PAUSES_S))
     return handler
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size_kib: int) -> Iterator[Path]:
+    """A real file system of a few KiB, mounted at a new folder; skips where mounting is refused."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except FileNotFoundError:
+        pytest.skip("there is no `mount` to make a small disk with")
+    if mounted.returncode:
+        pytest.skip(f"no small disk, mounting needs root: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=10)
+
+
+def fill_disk(disk: Path, leave_kib: int) -> Path:
+    """A file that takes all but `leave_kib` of what is free on a disk."""
+    filler = disk / "filler"
+    with filler.open("wb") as file:
+        file.write(bytes(shutil.disk_usage(disk).free - leave_kib * 1024))
+    return filler

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import pickle
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from models.itpn import create_itpn
 from models.weights import load_weights
-from pipeline.checkpoint import ENCODER_FILE, MANIFEST_FILE, STATE_FILE, Checkpointer, load_state
+from pipeline.checkpoint import (
+    ENCODER_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    Checkpointer,
+    _snapshot,
+    load_state,
+)
 from tests.pipeline.samples import debug_networks
+from tests.pipeline.test_pretrain import assert_same_state
 
 
 def make_checkpointer(tmp_path: Path, keep: int = 2) -> Checkpointer:
@@ -93,6 +104,15 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (5, 20, 100, 1000):
         save(checkpointer, step)
     assert names(checkpointer) == ["step_00000100", "step_00001000"]
+
+
+def test_multiples_of_keep_every_steps_outlive_the_newest(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path / "checkpoints", keep=2, keep_every_steps=10, facts={})
+    for step in (5, 10, 15, 20, 25, 27, 29):
+        save(checkpointer, step)
+    assert names(checkpointer) == [f"step_{s:08d}" for s in (10, 20, 27, 29)]
+    save(checkpointer, 12)  # the run fell back to 10: 20 is of a future it did not take
+    assert names(checkpointer) == ["step_00000010", "step_00000012"]
 
 
 def test_step_written_again_replaces_the_first(tmp_path: Path) -> None:
@@ -185,3 +205,75 @@ def test_code_in_a_state_file_is_refused_although_the_manifest_vouches_for_it(
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         load_state(folder)
     assert not trace.exists()
+
+
+# ---- beside training ----
+
+
+def test_what_training_changes_after_save_is_not_in_the_checkpoint(tmp_path: Path) -> None:
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    train_once(model, optimizer)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1}
+    expected = copy.deepcopy(state)
+    checkpointer, gate = make_checkpointer(tmp_path), threading.Event()
+    checkpointer._writer.submit(gate.wait)  # as if the disk were slow
+    checkpointer.save(1, state, model.state_dict())
+    assert not Path(checkpointer.location).exists() and checkpointer.finished() == []
+    train_once(model, optimizer)
+    assert not torch.equal(model.weight, expected["model"]["weight"])
+    gate.set()
+    checkpointer.wait()
+    newest = checkpointer.latest()
+    assert newest is not None
+    assert_same_state(load_state(newest), {**expected, "model": dict(expected["model"])})
+    encoder = load_file(newest / ENCODER_FILE)
+    assert_same_state(encoder, {key: expected["model"][key] for key in encoder})
+
+
+def train_once(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+
+
+def test_save_waits_for_the_one_before_and_counts_the_wait_as_a_stall(tmp_path: Path) -> None:
+    checkpointer, gate = make_checkpointer(tmp_path), threading.Event()
+    checkpointer._writer.submit(gate.wait)
+    checkpointer.save(1, {"step": 1}, {})
+    threading.Timer(0.2, gate.set).start()
+    checkpointer.save(2, {"step": 2}, {})
+    checkpointer.wait()
+    first, second = checkpointer.finished()
+    assert (first.step, first.error, second.step, second.error) == (1, None, 2, None)
+    assert first.stall_s < 0.1 < second.stall_s
+    assert names(checkpointer) == ["step_00000001", "step_00000002"]
+
+
+def test_a_tensor_of_state_and_encoder_is_copied_once_and_others_keep_apart() -> None:
+    weight = torch.nn.Parameter(torch.rand(4, 6))
+    state = {
+        "model": {"weight": weight, "row": weight[0], "turned": weight.T, "equal": weight + 0},
+        "empty": [torch.empty(0), torch.empty(0, 3)],
+        "group": {"betas": (0.9, 0.95), "params": [0, 1]},
+    }
+    copies: dict[Any, torch.Tensor] = {}
+    snapshot = _snapshot(state, copies)
+    encoder = _snapshot({"weight": state["model"]["weight"]}, copies)
+    model = snapshot["model"]
+    assert encoder["weight"] is model["weight"]
+    pointers = {tensor.data_ptr() for tensor in (weight, *model.values())}
+    assert len(pointers) == 5, "a view or an equal tensor is none of the same"
+    for key, tensor in state["model"].items():
+        assert torch.equal(model[key], tensor) and model[key].is_contiguous(), key
+    assert [tuple(tensor.shape) for tensor in snapshot["empty"]] == [(0,), (0, 3)]
+    assert snapshot["group"] == state["group"]
+
+
+def test_betas_and_other_tuples_load_as_tuples_without_unpickling_code(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], betas=(0.8, 0.9))
+    folder = save_now(make_checkpointer(tmp_path), 1, {"optimizer": optimizer.state_dict()}, {})
+    loaded = load_state(folder)["optimizer"]
+    assert loaded["param_groups"][0]["betas"] == (0.8, 0.9)
+    assert isinstance(loaded["param_groups"][0]["betas"], tuple)
+    torch.optim.AdamW([parameter]).load_state_dict(loaded)
