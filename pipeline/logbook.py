@@ -8,9 +8,12 @@ cluster; here only restarts in a row count that reach no new checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +30,7 @@ EventKind = Literal[
     "end",  # the driver ends: status
 ]
 Event = dict[str, Any]
+_EVENT_START = re.compile(r'(?=\{"event": ")')  # inside a string JSON would escape the quotes
 
 
 class Logbook:
@@ -49,11 +53,18 @@ class Logbook:
             logger.warning("%s: %s; the event is lost: %s", self.path, error, event)
 
     def read(self) -> list[Event]:
-        """All events; a line cut by a full disk is left out."""
+        """All events; one cut by a full disk is left out, the next one on its line is not."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text().splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        lines = self.path.read_text(errors="replace").splitlines()
+        return [event for line in lines for event in _events_in(line)]
+
+
+def _events_in(line: str) -> Iterator[Event]:
+    for part in _EVENT_START.split(line):
+        with contextlib.suppress(ValueError):
+            if isinstance(event := json.loads(part), dict) and "event" in event:
+                yield event
 
 
 def restarts_without_progress(events: list[Event]) -> int:
@@ -83,8 +94,9 @@ def give_up_message(events: list[Event], max_failures: int) -> str | None:
     restarts = restarts_without_progress(events)
     if restarts <= max_failures:
         return None
-    since = max(i for i, event in enumerate(events) if event["event"] == "submit")
-    crashes = [event for event in events[since:] if event["event"] == "crash"]
+    starts = [i for i, event in enumerate(events) if event["event"] == "start"]
+    # Of the attempt that just failed alone: an older crash may have had another cause.
+    crashes = [event for event in events[starts[-2] :] if event["event"] == "crash"]
     last = "a worker process vanished (killed, or out of memory)"
     if crashes:
         last = f"worker {crashes[-1]['rank']}: {crashes[-1]['error']}"
@@ -95,7 +107,7 @@ def give_up_message(events: list[Event], max_failures: int) -> str | None:
 
 
 def fault_metrics(events: list[Event]) -> dict[str, float]:
-    """fault/*: restarts, lost and skipped steps, failed checkpoints, wall-clock of all attempts."""
+    """fault/*: restarts, lost steps, failed checkpoints, wall-clock of all attempts."""
     kinds = [event["event"] for event in events]
     metrics = {
         "fault/restarts": max(0, kinds.count("start") - 1),
