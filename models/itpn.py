@@ -38,12 +38,15 @@ class ITPN(nn.Module):
         return ITPNFeatures(stages, self.pyramid(stages))
 
 
-def create_itpn(name: str, **backbone_kwargs: Any) -> ITPN:
+def create_itpn(name: str, *, fpn_depth: int | None = None, **backbone_kwargs: Any) -> ITPN:
     """Build a named encoder with fresh weights.
 
     Args:
         name: a key of `models.variants.VARIANTS`, such as "itpn_base_patch16_224".
-        **backbone_kwargs: passed to `HiViT`: img_size, in_chans, rel_pos_bias, drop_path_rate.
+        fpn_depth: blocks per pyramid step, None for the variant's own (the official detector uses 1
+            where pre-training has 2).
+        **backbone_kwargs: passed to `HiViT`: img_size, pos_embed_size, in_chans, rel_pos_bias,
+            drop_path_rate, init_values.
 
     Raises:
         ValueError: unknown name, or an image size that is not a multiple of the patch size.
@@ -57,6 +60,8 @@ def create_itpn(name: str, **backbone_kwargs: Any) -> ITPN:
         **backbone_kwargs,
     )
     pyramid = FeaturePyramid(
-        backbone.stage_dims, fpn_dim=variant.fpn_dim, fpn_depth=variant.fpn_depth
+        backbone.stage_dims,
+        fpn_dim=variant.fpn_dim,
+        fpn_depth=variant.fpn_depth if fpn_depth is None else fpn_depth,
     )
     return ITPN(backbone, pyramid)

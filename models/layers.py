@@ -73,21 +73,42 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Residual MLP without attention: stages 1-2 and the pyramid."""
+    """Residual MLP without attention: stages 1-2 and the pyramid.
 
-    def __init__(self, dim: int, mlp_ratio: float, *, eps: float, drop_path: float = 0.0) -> None:
+    Args:
+        dim: channels.
+        mlp_ratio: hidden over outer width.
+        eps: epsilon of the LayerNorm.
+        drop_path: stochastic depth rate.
+        init_values: initial layer scale `gamma_2`; None builds none (the pixel models).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float,
+        *,
+        eps: float,
+        drop_path: float = 0.0,
+        init_values: float | None = None,
+    ) -> None:
         super().__init__()
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.gamma_2 = layer_scale(dim, init_values)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: stage 3 and the decoder."""
+    """Pre-norm transformer block: stage 3 and the decoder.
+
+    `init_values` is the initial layer scale of both branches (`gamma_1`, `gamma_2`, as the official
+    CLIP models); None builds none.
+    """
 
     def __init__(
         self,
@@ -98,18 +119,21 @@ class Block(nn.Module):
         eps: float,
         drop_path: float = 0.0,
         rel_pos_grid: tuple[int, int] | None = None,
+        init_values: float | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads, rel_pos_grid=rel_pos_grid)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.gamma_1 = layer_scale(dim, init_values)
+        self.gamma_2 = layer_scale(dim, init_values)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, positions: RelativePositions | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), positions))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(scaled(self.attn(self.norm1(x), positions), self.gamma_1))
+        return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2))
 
 
 class PatchEmbed(nn.Module):
@@ -173,6 +197,16 @@ class PatchSplit(nn.Module):
         B, N, c, _, _ = x.shape
         x = self.reduction(self.norm(x)).reshape(B, N, c, c, 2, 2, -1)
         return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(B, N, 2 * c, 2 * c, -1)
+
+
+def layer_scale(dim: int, init_values: float | None) -> nn.Parameter | None:
+    """A learned factor per channel, (dim,), constant at first; None when init_values is None."""
+    return None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
+
+
+def scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
+    """The residual branch times its layer scale, where there is one."""
+    return branch if gamma is None else gamma * branch
 
 
 def init_linear_and_norm(module: nn.Module) -> None:

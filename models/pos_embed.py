@@ -67,13 +67,16 @@ def resize_pos_embed(
     return image.permute(0, 2, 3, 1).reshape(1, h * w, -1)
 
 
-def relative_position_index(grid: tuple[int, int]) -> Tensor:
+def relative_position_index(
+    grid: tuple[int, int], device: torch.device | str | None = None
+) -> Tensor:
     """Index of each token pair in a relative position table, (N, N) int64 (the Swin index).
 
     Entry (i, j) is (dh + h - 1) * (2w - 1) + (dw + w - 1) for the offset (dh, dw) of i from j.
     """
     h, w = grid
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
     y, x = y.flatten(), x.flatten()  # (N,)
     dy = y[:, None] - y[None, :] + h - 1  # (N, N)
     dx = x[:, None] - x[None, :] + w - 1

@@ -25,8 +25,10 @@ from models.pretraining import PretrainingModel
 from models.pyramid import FeaturePyramid
 
 GOLDEN_DIR = Path(os.environ.get("ITPN_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-MIM_CLASS = "iTPNMaskedAutoencoder"
-CLASSIFIER_CLASS = "iTPN (itpn_pixel)"
+MIM_CLASSES = ("iTPNMaskedAutoencoder",)
+CLASSIFIER_CLASSES = ("iTPN (itpn_pixel)", "iTPN (itpn_clip)")
+DETECTION_CLASSES = ("iTPN_pixel (det)", "iTPN_CLIP (det)")
+SEGMENTATION_CLASSES = ("iTPN (seg)",)
 
 
 @dataclass
@@ -46,12 +48,12 @@ class GoldenCase:
         return {k[len(prefix) :]: t for k, t in self.tensors.items() if k.startswith(prefix)}
 
 
-def case_names(cls: str) -> list[str]:
-    """Names of all cases in the folder that were made with an official class."""
+def case_names(classes: tuple[str, ...]) -> list[str]:
+    """Names of all cases in the folder that were made with one of the official classes."""
     names = []
     for path in sorted(GOLDEN_DIR.glob("*.json")):
         config = json.loads(path.read_text()).get("config", {})
-        if config.get("cls") == cls and path.with_suffix(".safetensors").is_file():
+        if config.get("cls") in classes and path.with_suffix(".safetensors").is_file():
             names.append(path.stem)
     return names
 
@@ -61,43 +63,57 @@ def load_case(name: str) -> GoldenCase:
     return GoldenCase(name, info, load_file(GOLDEN_DIR / f"{name}.safetensors"))
 
 
-def build_backbone(config: dict[str, Any]) -> HiViT:
+def norm_eps(config: dict[str, Any]) -> float:
     eps = re.search(r"eps=([0-9.e-]+)", config["norm_layer"])
     assert eps, f"no LayerNorm eps in {config['norm_layer']!r}"
+    return float(eps.group(1))
+
+
+def build_backbone(case: GoldenCase) -> HiViT:
+    config = case.config
     mlp_depths = [config.get(f"mlp_depth{i}", config.get("mlp_depth")) for i in (1, 2)]
+    # Some official classes keep a table of 196 positions whatever the image size.
+    num_positions = case.tensors["w/absolute_pos_embed"].shape[1]
     return HiViT(
         config["embed_dim"],
         depths=(*mlp_depths, config["depth"]),
         num_heads=config["num_heads"],
         img_size=config["img_size"],
+        pos_embed_size=round(num_positions**0.5) * config["patch_size"],
         patch_size=config["patch_size"],
         in_chans=config["in_chans"],
         bridge_mlp_ratio=config["bridge_mlp_ratio"],
         mlp_ratio=config["mlp_ratio"],
         rel_pos_bias=config["rpe"],
-        norm_eps=float(eps.group(1)),
+        init_values=config.get("init_values"),
+        norm_eps=norm_eps(config),
     )
 
 
-def build_mim(config: dict[str, Any]) -> PretrainingModel:
-    assert config["num_outs"] == 3, "the pixel objective is defined on three pyramid levels"
-    backbone = build_backbone(config)
-    eps = backbone.patch_embed.norm.eps
+def build_encoder(case: GoldenCase) -> ITPN:
+    config, backbone = case.config, build_backbone(case)
     pyramid = FeaturePyramid(
         backbone.stage_dims,
         fpn_dim=config["fpn_dim"],
         fpn_depth=config["fpn_depth"],
         mlp_ratio=config["mlp_ratio"],
-        norm_eps=eps,
+        norm_eps=norm_eps(config),
     )
+    return ITPN(backbone, pyramid)
+
+
+def build_mim(case: GoldenCase) -> PretrainingModel:
+    config = case.config
+    assert config["num_outs"] == 3, "the pixel objective is defined on three pyramid levels"
+    encoder = build_encoder(case)
     decoder = Decoder(
         config["fpn_dim"],
-        grid=backbone.grid,
+        grid=encoder.backbone.grid,
         dim=config["decoder_embed_dim"],
         depth=config["decoder_depth"],
         num_heads=config["decoder_num_heads"],
         mlp_ratio=config["mlp_ratio"],
-        norm_eps=eps,
+        norm_eps=norm_eps(config),
     )
     mim = MaskedImageModeling(
         decoder.dim,
@@ -105,14 +121,13 @@ def build_mim(config: dict[str, Any]) -> PretrainingModel:
         in_chans=config["in_chans"],
         norm_pix_loss=config["norm_pix_loss"],
     )
-    return PretrainingModel(ITPN(backbone, pyramid), decoder, mim)
+    return PretrainingModel(encoder, decoder, mim)
 
 
-def build_classifier(config: dict[str, Any]) -> ITPNClassifier:
+def build_classifier(case: GoldenCase) -> ITPNClassifier:
+    config = case.config
     assert config["num_outs"] == 1, "classification golden files have one output"
-    backbone = build_backbone(config)
-    eps = backbone.patch_embed.norm.eps
-    return ITPNClassifier(backbone, config["num_classes"], norm_eps=eps)
+    return ITPNClassifier(build_backbone(case), config["num_classes"], norm_eps=norm_eps(config))
 
 
 def official_grads(model: nn.Module) -> dict[str, Tensor | None]:

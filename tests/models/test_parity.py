@@ -6,17 +6,25 @@ GELU) moves outputs by 5e-5, a LayerNorm eps of 1e-5 by 1.1e-4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.detector import PyramidBackbone
+from models.feature_maps import segmentation_levels
+from models.itpn import ITPN
 from models.pos_embed import resize_pos_embed
+from models.segmenter import ITPNSegmenter
 from models.tokens import gather_tokens, split_tokens
 from models.weights import load_weights
 from tests.models import golden
 
 ATOL, RTOL = 1e-5, 1e-4
+LevelsOf = Callable[[Tensor, int], list[Tensor]]
+"""(image, number of levels) -> levels, finest first."""
 
 
 def assert_matches(name: str, ours: Tensor, official: Tensor) -> None:
@@ -41,15 +49,24 @@ def assert_gradients_match(case: golden.GoldenCase, model: torch.nn.Module) -> N
         assert_matches(f"grad of {name}", grads[name], grad)
 
 
-def test_the_folder_holds_cases_of_both_classes():
-    assert golden.case_names(golden.MIM_CLASS) + golden.case_names(golden.CLASSIFIER_CLASS)
+@pytest.mark.parametrize(
+    "classes",
+    [
+        golden.MIM_CLASSES,
+        golden.CLASSIFIER_CLASSES,
+        golden.DETECTION_CLASSES,
+        golden.SEGMENTATION_CLASSES,
+    ],
+)
+def test_the_folder_holds_cases_of_every_task(classes: tuple[str, ...]):
+    assert golden.case_names(classes)
 
 
-@pytest.mark.parametrize("name", golden.case_names(golden.MIM_CLASS))
+@pytest.mark.parametrize("name", golden.case_names(golden.MIM_CLASSES))
 def test_pixel_pretraining_matches_official_outputs_and_gradients(name: str):
     case = golden.load_case(name)
     inputs, expected = case.group("in/"), case.group("out/")
-    model = golden.build_mim(case.config).eval()
+    model = golden.build_mim(case).eval()
     report = load_weights(model, case.group("w/"))
     assert not (report.new or report.dropped or report.resized)
 
@@ -96,11 +113,11 @@ def test_pixel_pretraining_matches_official_outputs_and_gradients(name: str):
     assert_gradients_match(case, model)
 
 
-@pytest.mark.parametrize("name", golden.case_names(golden.CLASSIFIER_CLASS))
-def test_pixel_classifier_matches_official_outputs_and_gradients(name: str):
+@pytest.mark.parametrize("name", golden.case_names(golden.CLASSIFIER_CLASSES))
+def test_classifier_matches_official_outputs_and_gradients(name: str):
     case = golden.load_case(name)
     inputs, expected = case.group("in/"), case.group("out/")
-    model = golden.build_classifier(case.config).eval()
+    model = golden.build_classifier(case).eval()
     report = load_weights(model, case.group("w/"))
     assert not (report.new or report.dropped or report.resized)
 
@@ -124,3 +141,56 @@ def test_pixel_classifier_matches_official_outputs_and_gradients(name: str):
     if case.info.get("grad_norm"):
         outputs["ce_loss"].backward()
         assert_gradients_match(case, model)
+
+
+def assert_levels_match(case: golden.GoldenCase, levels_of: LevelsOf) -> None:
+    """Run every stored image and compare every stored level; `l0` is the finest."""
+    expected = case.group("out/")
+    outputs: dict[str, Tensor] = {}
+    for key, image in case.group("in/").items():
+        size = key.removeprefix("image").removeprefix("_")  # "", or "64x96"
+        prefix = f"{size}_l" if size else "l"
+        num_levels = sum(name.startswith(prefix) for name in expected)
+        assert num_levels >= case.config["num_outs"]
+        levels = levels_of(image, num_levels)
+        outputs |= {f"{prefix}{i}": level for i, level in enumerate(levels)}
+    assert set(expected) == set(outputs), "every stored output is compared"
+    for key, value in expected.items():
+        assert outputs[key].shape == value.shape, key
+        assert_matches(key, outputs[key], value)
+
+
+def load_encoder(case: golden.GoldenCase) -> ITPN:
+    encoder = golden.build_encoder(case).eval()
+    report = load_weights(encoder, case.group("w/"))
+    assert not (report.new or report.dropped or report.resized)
+    return encoder
+
+
+@pytest.mark.parametrize("name", golden.case_names(golden.DETECTION_CLASSES))
+def test_detection_levels_match_official_outputs(name: str):
+    case = golden.load_case(name)
+    if any(key.endswith("rel_pos_h") for key in case.tensors):
+        pytest.skip("decomposed relative positions (official CLIP-L detector) are not built")
+    encoder = load_encoder(case)
+
+    def levels_of(image: Tensor, num_levels: int) -> list[Tensor]:
+        return list(PyramidBackbone(encoder, num_levels=num_levels)(image).values())
+
+    assert_levels_match(case, levels_of)
+
+
+@pytest.mark.parametrize("name", golden.case_names(golden.SEGMENTATION_CLASSES))
+def test_segmentation_levels_match_official_outputs(name: str):
+    case = golden.load_case(name)
+    encoder = load_encoder(case)
+
+    def levels_of(image: Tensor, num_levels: int) -> list[Tensor]:
+        grid = tuple(side // case.config["patch_size"] for side in image.shape[-2:])
+        return list(segmentation_levels(encoder(image), grid, num_levels=num_levels).values())
+
+    assert_levels_match(case, levels_of)
+    # and what the segmenter feeds its heads are the first four of them
+    segmenter = ITPNSegmenter(encoder, 3, channels=8).eval()
+    for i, level in enumerate(segmenter.levels(case.tensors["in/image"])):
+        assert_matches(f"l{i}", level, case.tensors[f"out/l{i}"])
