@@ -1,12 +1,13 @@
-"""Reading weights: official iTPN pixel checkpoints and our own, into any of our models.
+"""Reading weights: official iTPN pixel and CLIP checkpoints and our own, into any of our models.
 
 Every load returns a `LoadReport` and fails loudly: a key that should have gone somewhere and did
 not is an error, never a warning. Surprising: nothing is unpickled. `.pth` files go through torch's
 `weights_only` reader with `argparse.Namespace` (which official files carry) as the one extra type.
 
 All layouts meet in one *canonical* key space, that of `PretrainingModel`:
-`encoder.backbone.*`, `encoder.pyramid.*`, `decoder.*`, `mim.*`, `mfm.*`, plus `fc_norm.*`,
-`head.*`.
+`encoder.backbone.*`, `encoder.pyramid.*`, `decoder.*`, `mim.*`, `mfm.*`, plus the heads of the
+downstream models: `fc_norm.*`, `head.*`; `rpn.*`, `roi_heads.*`; `decode_head.*`,
+`auxiliary_head.*`. `clip.*` holds what only the official CLIP pre-training has.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from timm.layers import resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from models.classifier import ITPNClassifier
+from models.detector import ITPNDetector, PyramidBackbone
 from models.hivit import HiViT
 from models.itpn import ITPN
 from models.pos_embed import relative_position_index, resize_pos_embed
 from models.pretraining import PretrainingModel
+from models.segmenter import ITPNSegmenter
 
 # official prefix -> canonical prefix; the first match wins
 OFFICIAL_PREFIXES: tuple[tuple[str, str], ...] = (
@@ -53,9 +56,16 @@ OFFICIAL_PREFIXES: tuple[tuple[str, str], ...] = (
     ("decoder_pred.", "mim.pred."),
     ("fc_norm.", "fc_norm."),
     ("head.", "head."),
+    *(
+        (name, f"clip.{name}")
+        for name in ("cls_pt_layers.", "lm_head.", "lm_cls_head.", "norm.", "norm_cls.")
+    ),
 )
-PARTS = ("encoder.backbone.", "encoder.pyramid.", "decoder.", "mim.", "mfm.", "fc_norm.", "head.")
+BACKBONE = "encoder.backbone."
+HEADS = ("fc_norm.", "head.", "rpn.", "roi_heads.", "decode_head.", "auxiliary_head.")
+PARTS = (BACKBONE, "encoder.pyramid.", "decoder.", "mim.", "mfm.", "clip.", *HEADS)
 RECOMPUTED = "relative_position_index"  # an official buffer we derive from the grid instead
+DETECTOR_ENCODER = "backbone.encoder."  # where torchvision's detectors keep it
 BIAS_TABLE = "relative_position_bias_table"
 
 
@@ -78,60 +88,92 @@ class LoadReport:
         return "\n".join(f"{name:18s}{len(keys):5d}  {_summary(keys)}" for name, keys in rows)
 
 
-def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
+def load_weights(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    allow: tuple[str, ...] = (),
+) -> LoadReport:
     """Load official or own weights into a model, in place.
 
+    Parts the file does not have (heads, a neck) and bias tables keep their fresh initialisation and
+    are reported as new; parts the model does not have are reported as dropped. Position and bias
+    tables of another grid are interpolated. Everything else must fit.
+
     Args:
-        model: a PretrainingModel, ITPN, HiViT or ITPNClassifier.
+        model: a PretrainingModel, ITPN, HiViT, ITPNClassifier, ITPNDetector, PyramidBackbone or
+            ITPNSegmenter.
         source: a file (`.safetensors`, `.pth`, `.pt`) or a state dict, in the official layout or
-        ours.
+            ours.
+        allow: prefixes of canonical keys that may be in the file or in the model alone, such as
+            "encoder.pyramid.block_" for a detector with fewer neck blocks than pre-training.
 
     Returns:
         The report; print it.
 
     Raises:
-        ValueError: unknown keys, keys missing from a part the file does have, or shapes that no
-            interpolation explains. The model is then unchanged.
+        ValueError: not one backbone weight among the tensors (with the report), unknown keys, keys
+            missing from a part the file does have, or shapes that no interpolation explains (the
+            first that differ are named). The model is then unchanged.
         FileNotFoundError: no such file.
     """
     state = read_state_dict(source) if isinstance(source, (str, Path)) else dict(source)
-    canonical, unexpected = to_canonical(state)
+    canonical, unknown = to_canonical(state)
     target = {_canonical_name(model, name): (name, t) for name, t in model.state_dict().items()}
     file_parts = {_part(key) for key in canonical}
     target_parts = {_part(key) for key in target}
+    exempt = (*allow, "clip.")
 
-    report, loaded, problems = LoadReport(), {}, [f"unexpected key {k}" for k in unexpected]
+    report, loaded = LoadReport(), {}
+    shapes: list[str] = []
+    others = [f"unexpected key {key}" for key in unknown]
     for key, tensor in canonical.items():
         if key in target:
             name, current = target[key]
             fitted = _fit(key, tensor, current)
             if fitted is None:
-                problems.append(
-                    f"{name}: shape {tuple(tensor.shape)} does not fit {tuple(current.shape)}"
-                )
+                shape, wanted = tuple(tensor.shape), tuple(current.shape)
+                shapes.append(f"{name}: shape {shape} does not fit {wanted}")
             else:
                 loaded[name] = fitted
                 (report.matched if fitted is tensor else report.resized).append(name)
-        elif _part(key) in target_parts and BIAS_TABLE not in key:
-            problems.append(f"unexpected key {key}")
-        else:
-            report.dropped.append(key)
+            continue
+        report.dropped.append(key)
+        if _part(key) in target_parts and BIAS_TABLE not in key and not key.startswith(exempt):
+            others.append(f"unexpected key {key}")
     for key, (name, _) in target.items():
         if key in canonical:
             continue
         report.new.append(name)
-        if _part(key) in file_parts and BIAS_TABLE not in key:
-            problems.append(f"missing key {name}")
-    if not loaded and not problems:
-        raise ValueError(f"no weight of {type(model).__name__} among {len(state)} tensors given")
-    if problems:
-        shown = "\n  ".join(problems[:10]) + ("\n  ..." if len(problems) > 10 else "")
+        if _part(key) in file_parts and BIAS_TABLE not in key and not key.startswith(exempt):
+            others.append(f"missing key {name}")
+
+    if shapes or others:
+        raise ValueError(_misfit(model, canonical, target, [*shapes, *others]))
+    if BACKBONE not in file_parts:
         raise ValueError(
-            f"{len(problems)} keys do not fit {type(model).__name__}; build the model with the "
-            f"dimensions of the checkpoint:\n  {shown}"
+            f"no backbone weight for {type(model).__name__} among {len(state)} tensors given; it "
+            f"would train from random weights:\n{report}"
         )
     model.load_state_dict(loaded, strict=False)
     return report
+
+
+def _misfit(
+    model: nn.Module,
+    canonical: Mapping[str, Tensor],
+    target: Mapping[str, tuple[str, Tensor]],
+    problems: list[str],
+) -> str:
+    """The message for weights that do not fit: another variant is said to be one."""
+    rule = "build the model with the dimensions of the checkpoint"
+    key = f"{BACKBONE}pos_embed"
+    if key in canonical and key in target:
+        widths = canonical[key].shape[-1], target[key][1].shape[-1]
+        if widths[0] != widths[1]:
+            rule += f": it is of another variant (embed_dim {widths[0]}, not {widths[1]})"
+    shown = "\n  ".join(problems[:10]) + ("\n  ..." if len(problems) > 10 else "")
+    return f"{len(problems)} keys do not fit {type(model).__name__}; {rule}:\n  {shown}"
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -154,13 +196,14 @@ def to_canonical(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[s
     canonical: dict[str, Tensor] = {}
     unexpected: list[str] = []
     own_prefixes = ("encoder.", "decoder.", "mim.", "mfm.", "backbone.", "pyramid.")
-    is_ours = any(key.startswith(own_prefixes) for key in state)
+    is_ours = any(key.startswith((*own_prefixes, *HEADS[2:])) for key in state)
     for key, tensor in state.items():
         if key == RECOMPUTED:
             continue
         if is_ours:
-            bare_encoder = key.startswith(("backbone.", "pyramid."))
-            name = f"encoder.{key}" if bare_encoder else key
+            name = key.removeprefix("backbone.") if key.startswith(DETECTOR_ENCODER) else key
+            if name.startswith(("backbone.", "pyramid.")):  # a bare encoder, or a classifier
+                name = f"encoder.{name}"
             known = name.startswith(PARTS)
         else:
             prefix = next((p for p in OFFICIAL_PREFIXES if key.startswith(p[0])), None)
@@ -189,15 +232,18 @@ def to_official(model: nn.Module) -> dict[str, Tensor]:
 
 def _canonical_name(model: nn.Module, name: str) -> str:
     """Canonical key of a parameter of one of our models."""
-    if isinstance(model, PretrainingModel):
+    if isinstance(model, (PretrainingModel, ITPNSegmenter, PyramidBackbone)):
         return name
+    if isinstance(model, ITPNDetector):
+        is_encoder = name.startswith(DETECTOR_ENCODER)
+        return name.removeprefix("backbone.") if is_encoder else name
     if isinstance(model, HiViT):
-        return f"encoder.backbone.{name}"
+        return f"{BACKBONE}{name}"
     if isinstance(model, (ITPN, ITPNClassifier)):
         return f"encoder.{name}" if name.startswith(("backbone.", "pyramid.")) else name
     raise ValueError(
-        f"cannot load weights into {type(model).__name__}; "
-        "use a PretrainingModel, ITPN, HiViT or ITPNClassifier"
+        f"cannot load weights into {type(model).__name__}; use a PretrainingModel, ITPN, HiViT, "
+        "ITPNClassifier, ITPNDetector, PyramidBackbone or ITPNSegmenter"
     )
 
 
