@@ -31,6 +31,7 @@ class RunFolder:
         self.events_file = self.path / "events.jsonl"
         self.non_finite_dumps = self.path / "nonfinite"
         self.summary_file = self.path / "summary.json"
+        self.environment_file = self.path / "environment.json"
         self._config_file = self.path / "config.json"
         self._state_file = self.path / "state.json"
 
@@ -41,7 +42,7 @@ class RunFolder:
             ValueError: the run is finished, or was started with another configuration.
         """
         name = self.config.run.name
-        if self.summary_file.exists():
+        if self.is_finished:
             raise ValueError(
                 f"run.name='{name}' is finished ({self.path}); pick another name with --run.name, "
                 "or delete that folder to train again. To train it longer, remove its summary.json "
@@ -63,6 +64,15 @@ class RunFolder:
         """Create the folder and write the configuration."""
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self._config_file, config_to_dict(self.config))
+
+    def withdraw(self) -> None:
+        """Undo `open` for a run that never started, so that it holds no other to its config."""
+        self._config_file.unlink(missing_ok=True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.summary_file.exists()
 
     @property
     def state(self) -> dict[str, Any]:

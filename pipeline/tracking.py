@@ -1,31 +1,31 @@
 """Tracking: metrics.jsonl and MLflow.
 
-`metrics.jsonl` is the record; MLflow gets a copy from a thread of its own, so that a slow or dead
+`metrics.jsonl` is the record; MLflow gets a copy (`mlflow_delivery.py`), so that a slow or dead
 tracking server never holds up a step. Surprising: the driver opens and closes the MLflow run,
 worker 0 only writes into it. So one run survives restarts of workers, and its end status is the
-driver's. mlflow is imported where it is used: it takes seconds, which worker 0 spends in the
-background.
+driver's, which then also delivers what worker 0 could not.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-import queue
-import threading
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pipeline.metrics_file import MetricsFile, read_records
+from pipeline.mlflow_delivery import MlflowDelivery, connect, last_steps, points_of, send_points
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
 _MAX_PARAM_CHARS = 6000  # MLflow's own limit on parameter values
-_DELIVERY_TIMEOUT_S = 60.0
-_SYSTEM_METRICS_S = 5.0
-_RETRY_S = 2.0
+_PICTURES = "reconstructions"
+_CLOSE_PAUSES_S = (1.0, 3.0)
 
 
 def default_tracking_uri(storage_path: Path) -> str:
@@ -45,6 +45,8 @@ def open_run(
 ) -> str:
     """Create an MLflow run, or reopen one; returns its id.
 
+    A run that is continued needs no server: what it logs is delivered when there is one.
+
     Args:
         uri: tracking URI.
         experiment: created on first use.
@@ -53,43 +55,154 @@ def open_run(
         run_id: run to continue; None for a new one.
         params: configuration, logged once.
         tags: facts that may change between restarts.
-    """
-    from mlflow import MlflowClient
-    from mlflow.entities import Param, RunTag
 
-    client = MlflowClient(uri)
-    if run_id is None:
-        found = client.get_experiment_by_name(experiment)
-        local = uri.startswith("sqlite:")
-        location = artifact_folder.absolute().as_uri() if local else None
-        experiment_id = (
-            found.experiment_id
-            if found
-            else client.create_experiment(experiment, artifact_location=location)
-        )
-        run_id = client.create_run(experiment_id, run_name=name).info.run_id
+    Raises:
+        ValueError: a new run cannot be created, or MLflow does not know the one to continue.
+    """
+    if run_id is not None:
+        _reopen(uri, run_id, tags)
+        return run_id
+    try:
+        return _create(uri, experiment, artifact_folder, name, params, tags)
+    except Exception as error:
+        way_out = "start the server, or pass --tracking.uri '' to log into SQLite"
+        if uri.startswith("sqlite:"):
+            way_out = "make that file writable and give it room, or choose another --tracking.uri"
+        raise ValueError(
+            f"tracking.uri='{uri}' takes no new run: {error}; a run starts only where it can be "
+            f"logged: {way_out}"
+        ) from error
+
+
+def _create(
+    uri: str,
+    experiment: str,
+    artifact_folder: Path,
+    name: str,
+    params: dict[str, Any],
+    tags: dict[str, str],
+) -> str:
+    from mlflow.entities import Param
+
+    client = connect(uri)
+    found = client.get_experiment_by_name(experiment)
+    location = artifact_folder.absolute().as_uri() if uri.startswith("sqlite:") else None
+    experiment_id = (
+        found.experiment_id
+        if found
+        else client.create_experiment(experiment, artifact_location=location)
+    )
+    run_id = str(client.create_run(experiment_id, run_name=name).info.run_id)
+    try:
         entries = [Param(key, str(value)[:_MAX_PARAM_CHARS]) for key, value in params.items()]
         client.log_batch(run_id, params=entries)
-    else:
+        _set_tags(client, run_id, tags)
+    except BaseException:
+        with contextlib.suppress(Exception):  # nobody will come back to half a run
+            client.delete_run(run_id)
+        raise
+    return run_id
+
+
+def _reopen(uri: str, run_id: str, tags: dict[str, str]) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = connect(uri)
         client.update_run(run_id, status="RUNNING")
+        _set_tags(client, run_id, tags)
+    except Exception as error:
+        code = error.error_code if isinstance(error, MlflowException) else None
+        if code == "RESOURCE_DOES_NOT_EXIST":
+            raise ValueError(
+                f"tracking.uri='{uri}' has no run {run_id}, which this run was logged to so far; "
+                "pass the URI it was started with, or take mlflow_run_id out of its state.json to "
+                "begin a new one"
+            ) from error
+        logger.warning(
+            "MLflow at %s: %s; the run goes on, metrics are delivered when it is back", uri, error
+        )
+
+
+def _set_tags(client: MlflowClient, run_id: str, tags: dict[str, str]) -> None:
+    from mlflow.entities import RunTag
+
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-    assert run_id is not None
-    return str(run_id)
 
 
 def close_run(
-    uri: str, run_id: str, status: str, files: list[Path], checkpoint: Path | None = None
-) -> None:
-    """Log last files and a checkpoint folder; end the run as FINISHED, FAILED or KILLED."""
-    from mlflow import MlflowClient
+    uri: str,
+    run_id: str,
+    status: str,
+    *,
+    run_dir: Path,
+    files: list[Path],
+    checkpoint: Path | None = None,
+    tags: dict[str, str] | None = None,
+    ended_at_s: float | None = None,
+) -> str | None:
+    """Deliver what MLflow lacks of a run and end it; may be repeated, doubles nothing.
 
-    client = MlflowClient(uri)
+    Args:
+        uri: tracking URI.
+        run_id: MLflow run.
+        status: FINISHED, FAILED or KILLED.
+        run_dir: the run's folder: metrics and pictures worker 0 could not deliver are there.
+        files: last files, logged anew each time; those that do not exist are passed over.
+        checkpoint: checkpoint folder to log.
+        tags: facts to set again, in case the run was resumed while there was no server.
+        ended_at_s: when the run ended, seconds since 1970; None for now.
+
+    Returns:
+        Why MLflow still lacks something, or None.
+    """
+    ended_at_ms = int((ended_at_s or time.time()) * 1000)
+    for pause_s in (*_CLOSE_PAUSES_S, None):
+        try:
+            client = connect(uri)
+            last = last_steps(client.get_run(run_id))
+            records = read_records(run_dir / "metrics.jsonl")
+            points = [
+                point
+                for record in records
+                for point in points_of(record)
+                if point.step > last.get(point.key, -1)
+            ]
+            send_points(client, run_id, points, last)
+            try:
+                _log_artifacts(client, run_id, run_dir, files, checkpoint)
+            finally:  # artifacts may lie on another server
+                _set_tags(client, run_id, tags or {})
+                client.set_terminated(run_id, status=status, end_time=ended_at_ms)
+            return None
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        if pause_s is not None:
+            time.sleep(pause_s)
+    return problem
+
+
+def _log_artifacts(
+    client: MlflowClient, run_id: str, run_dir: Path, files: list[Path], checkpoint: Path | None
+) -> None:
     for file in files:
         if file.is_file():
             client.log_artifact(run_id, str(file))
+    # These never change once they are written.
+    _log_missing(client, run_id, run_dir / _PICTURES, _PICTURES)
     if checkpoint is not None:
-        client.log_artifacts(run_id, str(checkpoint), f"checkpoints/{checkpoint.name}")
-    client.set_terminated(run_id, status=status)
+        _log_missing(client, run_id, checkpoint, f"checkpoints/{checkpoint.name}")
+
+
+def _log_missing(client: MlflowClient, run_id: str, folder: Path, artifact_folder: str) -> None:
+    """Log the files of a folder that are not there yet, or not with their size."""
+    if not folder.is_dir():
+        return
+    there = {info.path: info.file_size for info in client.list_artifacts(run_id, artifact_folder)}
+    for file in sorted(folder.iterdir()):
+        is_partial = file.name.startswith(".")
+        if not is_partial and there.get(f"{artifact_folder}/{file.name}") != file.stat().st_size:
+            client.log_artifact(run_id, str(file), artifact_folder)
 
 
 class Tracker:
@@ -101,38 +214,50 @@ class Tracker:
         run_id: MLflow run to write into.
         start_step: records of later steps, left by a killed run, are removed first.
         system_metrics: also log host CPU, memory and GPU use.
+        warn: told of full disks and lost servers, neither of which stops anything.
     """
 
     def __init__(
-        self, run_dir: Path, *, uri: str, run_id: str, start_step: int, system_metrics: bool
+        self,
+        run_dir: Path,
+        *,
+        uri: str,
+        run_id: str,
+        start_step: int,
+        system_metrics: bool,
+        warn: Callable[[str], None] = logger.warning,
     ) -> None:
         self.run_dir = run_dir
         self.run_id = run_id
-        self._path = run_dir / "metrics.jsonl"
-        kept, last_step = _truncate_after(self._path, start_step)
-        self.lost_steps = max(0, last_step - start_step)
+        self._file = MetricsFile(run_dir / "metrics.jsonl", start_step=start_step, warn=warn)
+        self.lost_steps = max(0, self._file.last_step - start_step)
         """Steps logged before a kill that this attempt computes again."""
-        self._file = self._path.open("a", buffering=1)
-        self._mlflow = _MlflowThread(uri, run_id, system_metrics=system_metrics)
-        for record in kept:  # what a killed worker had written but not yet delivered
-            self._deliver(record)
+        self._mlflow = MlflowDelivery(uri, run_id, system_metrics=system_metrics, warn=warn)
+        for record in self._file.kept:  # what a killed worker had written but not yet delivered
+            self._mlflow.log_record(record)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record metrics of a step."""
         record = {"step": step, "time": round(time.time(), 3), **metrics}
-        self._file.write(json.dumps(record) + "\n")
-        self._deliver(record)
-
-    def _deliver(self, record: dict[str, Any]) -> None:
-        metrics = {k: v for k, v in record.items() if k not in ("step", "time")}
-        self._mlflow.log_metrics(record["step"], record["time"], metrics)
+        self._file.append(record)
+        self._mlflow.log_record(record)
 
     def log_picture(self, step: int, png: bytes) -> Path:
-        """Save a picture under reconstructions/ and as an artifact."""
-        path = self.run_dir / "reconstructions" / f"step_{step:08d}.png"
+        """Save a picture under reconstructions/ and as an artifact.
+
+        Raises:
+            OSError: it cannot be saved; nothing of it is left.
+        """
+        path = self.run_dir / _PICTURES / f"step_{step:08d}.png"
+        partial = path.with_name(f".{path.name}.part")
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(png)
-        self.log_artifact(path, "reconstructions")
+        try:
+            partial.write_bytes(png)
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        self.log_artifact(path, _PICTURES)
         return path
 
     def log_artifact(self, path: Path, artifact_folder: str) -> None:
@@ -141,102 +266,5 @@ class Tracker:
 
     def close(self) -> None:
         """Flush; waits up to a minute for a slow tracking server."""
-        self._file.close()
         self._mlflow.close()
-
-
-def _truncate_after(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
-    """Drop records past a step, which the resumed run writes again.
-
-    Returns:
-        The records kept, and the last step there was.
-    """
-    if not path.exists():
-        return [], 0
-    complete = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    records = [json.loads(line) for line in complete]
-    kept = [record for record in records if record["step"] <= step]
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    return kept, records[-1]["step"] if records else 0
-
-
-class _MlflowThread:
-    """Delivers to MLflow in order; on failure warns once and keeps trying."""
-
-    def __init__(self, uri: str, run_id: str, *, system_metrics: bool) -> None:
-        self._uri = uri
-        self._run_id = run_id
-        self._system_metrics = system_metrics
-        self._queue: queue.Queue[Callable[[MlflowClient], None] | None] = queue.Queue()
-        self._delivered: dict[str, int] = {}  # metric -> last step MLflow already has
-        self._stop_by = float("inf")
-        self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
-        self._thread.start()
-
-    def log_metrics(self, step: int, time_s: float, metrics: dict[str, float]) -> None:
-        def deliver(client: MlflowClient) -> None:
-            from mlflow.entities import Metric
-
-            new = [
-                Metric(key, value, int(time_s * 1000), step)
-                for key, value in metrics.items()
-                if step > self._last_step(client, key)
-            ]
-            if new:
-                client.log_batch(self._run_id, metrics=new)
-            self._delivered |= {metric.key: step for metric in new}
-
-        self._queue.put(deliver)
-
-    def log_artifact(self, path: Path, artifact_folder: str) -> None:
-        def deliver(client: MlflowClient) -> None:
-            client.log_artifact(self._run_id, str(path), artifact_folder)
-
-        self._queue.put(deliver)
-
-    def close(self) -> None:
-        self._stop_by = time.monotonic() + _DELIVERY_TIMEOUT_S
-        self._queue.put(None)
-        self._thread.join(_DELIVERY_TIMEOUT_S)
-
-    def _last_step(self, client: MlflowClient, key: str) -> int:
-        """Last step MLflow has of a metric, so that a resumed run doubles nothing."""
-        if key not in self._delivered:
-            history = client.get_metric_history(self._run_id, key)
-            self._delivered[key] = max((metric.step for metric in history), default=-1)
-        return self._delivered[key]
-
-    def _run(self) -> None:
-        from mlflow import MlflowClient
-
-        client = MlflowClient(self._uri)
-        monitor = self._start_system_metrics() if self._system_metrics else None
-        has_warned = False
-        while (deliver := self._queue.get()) is not None:
-            while True:
-                try:
-                    deliver(client)
-                    break
-                except Exception as error:
-                    if not has_warned:
-                        logger.warning(
-                            "MLflow at %s: %s; training goes on, retrying", self._uri, error
-                        )
-                        has_warned = True
-                    if isinstance(error, FileNotFoundError) or time.monotonic() > self._stop_by:
-                        break
-                    time.sleep(_RETRY_S)
-        if monitor is not None:
-            monitor.finish()
-
-    def _start_system_metrics(self) -> Any:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        monitor = SystemMetricsMonitor(
-            self._run_id,
-            sampling_interval=_SYSTEM_METRICS_S,
-            resume_logging=True,
-            tracking_uri=self._uri,
-        )
-        monitor.start()
-        return monitor
+        self._file.close()

@@ -150,6 +150,7 @@ class WorkerSession:
             **self.job["mlflow"],
             start_step=step,
             system_metrics=self.config.tracking.system_metrics,
+            warn=self._say,
         )
         lost = self._tracker.lost_steps
         self.logbook.write("resume", step=step, lost_steps=lost, num_workers=self.worker.world_size)
@@ -193,11 +194,17 @@ class WorkerSession:
 
     def _on_quarantine(self, samples: list[BadSample]) -> None:
         bad = {sample.path: sample for sample in (*self.job["bad_files"], *samples)}
-        write_quarantine(self._quarantine_file, bad.values())
+        try:
+            write_quarantine(self._quarantine_file, bad.values())
+        except OSError as error:  # a full disk; all of them are written again with the next one
+            self._say(f"{self._quarantine_file} was not written: {error}; training goes on")
 
     def _on_picture(self, step: int, png: bytes) -> None:
         assert self._tracker is not None, "on_start comes first"
-        self._tracker.log_picture(step, png)
+        try:
+            self._tracker.log_picture(step, png)
+        except OSError as error:  # a full disk
+            self._say(f"the picture of step {step} was not saved: {error}; training goes on")
 
     def _on_checkpoint(self, step: int, metrics: dict[str, float]) -> None:
         self._saved_at = time.monotonic()

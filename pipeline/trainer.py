@@ -7,7 +7,6 @@ then executes is in `train_worker.py`.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -17,18 +16,16 @@ import ray
 import ray.train
 import ray.train.torch
 
-from pipeline import tracking
-from pipeline.cluster import REPO_ROOT, cluster
+from pipeline.cluster import cluster
 from pipeline.config import (
     PretrainConfig,
     apply_overrides,
     config_to_dict,
-    flatten_config,
 )
 from pipeline.datasets import DataSets
 from pipeline.logbook import Logbook, fault_metrics
+from pipeline.mlflow_run import MlflowRun
 from pipeline.progress import ProgressDisplay, create_board
-from pipeline.reproducibility import environment, git_commit
 from pipeline.run_folder import RunFolder
 from pipeline.train_worker import run_checkpointer, train_worker
 
@@ -67,22 +64,11 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
         KeyboardInterrupt: the run was interrupted; its newest checkpoint is kept.
     """
     folder = RunFolder(config)
+    mlflow_run = MlflowRun(config, folder)
+    mlflow_run.deliver_late()
     folder.check()
     data = DataSets.open(config)
-    folder.open()
-    uri = config.tracking.uri or tracking.default_tracking_uri(folder.storage_path)
-    facts = {**environment(), "git_commit": git_commit(REPO_ROOT)}
-    (folder.path / "environment.json").write_text(json.dumps(facts, indent=1))
-    run_id = tracking.open_run(
-        uri,
-        experiment=config.tracking.experiment,
-        artifact_folder=folder.storage_path / "mlartifacts",
-        name=config.run.name,
-        run_id=folder.state.get("mlflow_run_id"),
-        params={**flatten_config(config), "num_samples": data.num_samples, "lr": config.lr},
-        tags=facts,
-    )
-    folder.update_state(mlflow_run_id=run_id, status="RUNNING")
+    run_id = mlflow_run.open(num_samples=data.num_samples)
     logger.info(describe(config, data))
 
     checkpoints = run_checkpointer(config, folder, run_id)
@@ -91,7 +77,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
     status, start = "FAILED", time.time()
     try:
         with cluster(config):
-            outcome = _fit(config, data, folder, uri, run_id)
+            outcome = _fit(config, data, folder, mlflow_run.uri, run_id)
         if outcome["is_stopped"]:
             raise KeyboardInterrupt
         faults = fault_metrics(logbook.read())
@@ -105,9 +91,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
         raise
     finally:
         logbook.write("end", status=status)
-        folder.update_state(status=status)
-        newest = checkpoints.latest() if config.tracking.checkpoint_artifact else None
-        tracking.close_run(uri, run_id, status, folder.files_for_artifacts(), newest)
+        mlflow_run.close(run_id, status)
     return summary
 
 

@@ -3,18 +3,54 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shutil
+import socket
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 
-from pipeline import tracking
+from pipeline import mlflow_delivery, tracking
+from pipeline.checkpoint import ENCODER_FILE
+from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.mlflow_run import MlflowRun
+from pipeline.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once: setting up MLflow's tables takes two seconds."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    MlflowClient(tracking.default_tracking_uri(folder)).search_experiments()
+    return folder / "mlflow.db"
 
 
 @pytest.fixture
-def uri(tmp_path: Path) -> str:
+def uri(tmp_path: Path, empty_database: Path) -> str:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     return tracking.default_tracking_uri(tmp_path)
+
+
+@pytest.fixture
+def dead_uri() -> Iterator[str]:
+    """A port that nobody listens on, and nobody else can take."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow_delivery, "_RETRY_S", 0.05)
+    monkeypatch.setattr(mlflow_delivery, "_CLOSE_GRACE_S", 2.0)
+    monkeypatch.setattr(tracking, "_CLOSE_PAUSES_S", (0.05,))
 
 
 def open_run(uri: str, tmp_path: Path, run_id: str | None = None) -> str:
@@ -35,6 +71,20 @@ def tracker(uri: str, tmp_path: Path, run_id: str, *, start_step: int = 0) -> tr
     )
 
 
+def close_run(uri: str, run_id: str, tmp_path: Path, **more: Any) -> str | None:
+    files = [tmp_path / "metrics.jsonl", tmp_path / "absent.json"]
+    return tracking.close_run(uri, run_id, "FINISHED", run_dir=tmp_path, files=files, **more)
+
+
+def write_metrics(tmp_path: Path, steps: range, keys: tuple[str, ...] = ("train/loss",)) -> None:
+    lines = [{"step": s, "time": 1.5 + s, **{key: 0.5 * s for key in keys}} for s in steps]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+
+
+def steps_of(uri: str, run_id: str, key: str = "train/loss") -> list[int]:
+    return [m.step for m in MlflowClient(uri).get_metric_history(run_id, key)]
+
+
 def test_a_resumed_run_stays_one_run_with_every_step_once(uri: str, tmp_path: Path):
     run_id = open_run(uri, tmp_path)
     first = tracker(uri, tmp_path, run_id)
@@ -47,7 +97,7 @@ def test_a_resumed_run_stays_one_run_with_every_step_once(uri: str, tmp_path: Pa
     for step in (3, 4, 5):
         second.log(step, {"train/loss": 10.0 - step})
     second.close()
-    tracking.close_run(uri, run_id, "FINISHED", [tmp_path / "metrics.jsonl"])
+    assert close_run(uri, run_id, tmp_path) is None
 
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
@@ -88,7 +138,6 @@ def test_a_late_server_loses_nothing_and_never_blocks_the_loop(
         log_batch(self, *args, **kwargs)
 
     monkeypatch.setattr(MlflowClient, "log_batch", flaky)
-    monkeypatch.setattr(tracking, "_RETRY_S", 0.05)
     late = tracker(uri, tmp_path, run_id)
     start = time.perf_counter()
     for step in range(1, 51):
@@ -104,7 +153,7 @@ def test_a_late_server_loses_nothing_and_never_blocks_the_loop(
 def test_pictures_and_system_metrics_arrive(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(tracking, "_SYSTEM_METRICS_S", 0.2)
+    monkeypatch.setattr(mlflow_delivery, "_SYSTEM_METRICS_S", 0.2)
     run_id = open_run(uri, tmp_path)
     with_system = tracking.Tracker(
         tmp_path, uri=uri, run_id=run_id, start_step=0, system_metrics=True
@@ -124,3 +173,227 @@ def test_params_are_logged_once_and_long_ones_cut(uri: str, tmp_path: Path):
     open_run(uri, tmp_path, run_id)
     params = MlflowClient(uri).get_run(run_id).data.params
     assert params["optim.lr"] == "0.001" and len(params["long"]) == 6000
+
+
+def test_what_a_server_took_without_saying_so_is_not_sent_again(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """MLflow drops what is the same to the millisecond; what is sent must not rely on that."""
+    run_id = open_run(uri, tmp_path)
+    log_batch = MlflowClient.log_batch
+    sent: Counter[tuple[str, int]] = Counter()
+    is_lost = [True, False, True, True]
+
+    def take_and_hang_up(
+        self: MlflowClient, *args: Any, metrics: list[Metric], **more: Any
+    ) -> None:
+        sent.update((metric.key, metric.step) for metric in metrics)
+        log_batch(self, *args, metrics=metrics, **more)
+        if is_lost and is_lost.pop(0):
+            raise ConnectionResetError("no answer")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", take_and_hang_up)
+    ours = tracker(uri, tmp_path, run_id)
+    step, deadline = 0, time.monotonic() + 30
+    while is_lost and time.monotonic() < deadline:
+        step += 1
+        ours.log(step, {"train/loss": 1.0, "optim/lr": 2.0})
+        time.sleep(0.01)
+    ours.close()
+    assert not is_lost, "all of them were met"
+    expected = {(key, s) for key in ("train/loss", "optim/lr") for s in range(1, step + 1)}
+    assert set(sent) == expected and set(sent.values()) == {1}
+
+
+def test_a_long_backlog_is_delivered_in_few_large_batches(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    keys = tuple(f"train/loss_{i}" for i in range(7))
+    write_metrics(tmp_path, range(1, 501), keys)
+    run_id = open_run(uri, tmp_path)
+    log_batch = MlflowClient.log_batch
+    sizes: list[int] = []
+
+    def counted(self: MlflowClient, *args: Any, metrics: list[Metric], **more: Any) -> None:
+        sizes.append(len(metrics))
+        log_batch(self, *args, metrics=metrics, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    tracker(uri, tmp_path, run_id, start_step=500).close()
+    assert sum(sizes) == 3500 and max(sizes) <= 1000 and len(sizes) <= 6
+    assert all(steps_of(uri, run_id, key) == list(range(1, 501)) for key in keys)
+
+
+def test_artifacts_that_cannot_be_stored_hold_up_no_metrics(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError("bucket is read-only")
+
+    run_id = open_run(uri, tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(MlflowClient, "log_artifact", refuse)
+        ours = tracker(uri, tmp_path, run_id)
+        ours.log_picture(1, b"png bytes")
+        ours.log(1, {"train/loss": 1.0})
+        ours.close()
+        problem = close_run(uri, run_id, tmp_path)
+    assert steps_of(uri, run_id) == [1]
+    assert problem == "PermissionError: bucket is read-only"
+    client = MlflowClient(uri)
+    assert client.get_run(run_id).info.status == "FINISHED", "although artifacts are missing"
+    assert close_run(uri, run_id, tmp_path) is None
+    pictures = client.list_artifacts(run_id, "reconstructions")
+    assert [a.path for a in pictures] == ["reconstructions/step_00000001.png"]
+
+
+def test_a_new_run_needs_its_server_and_says_so_at_once(dead_uri: str, tmp_path: Path):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"tracking\.uri='http://127.* takes no new run") as error:
+        open_run(dead_uri, tmp_path)
+    assert time.monotonic() - start < 10, "no minutes of HTTP retries"
+    assert "Connection refused" in str(error.value)
+    assert "start the server, or pass --tracking.uri ''" in str(error.value)
+
+
+def test_a_run_that_cannot_be_described_is_not_left_behind(uri: str, tmp_path: Path):
+    with pytest.raises(ValueError, match="takes no new run"):
+        tracking.open_run(
+            uri,
+            experiment="tests",
+            artifact_folder=tmp_path,
+            name="run",
+            run_id=None,
+            params={"no?key": 1},
+            tags={},
+        )
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None and not client.search_runs([experiment.experiment_id])
+
+
+def test_a_resumed_run_goes_on_without_its_server(
+    dead_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    assert open_run(dead_uri, tmp_path, "0123456789abcdef") == "0123456789abcdef"
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "the run goes on, metrics are delivered when it is back" in warning
+
+
+def test_a_run_the_server_does_not_know_is_the_users_to_solve(uri: str, tmp_path: Path):
+    open_run(uri, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has no run 0123, .* take mlflow_run_id out of its state"
+    ):
+        open_run(uri, tmp_path, "0123")
+
+
+def test_the_end_is_delivered_later_and_never_twice(uri: str, dead_uri: str, tmp_path: Path):
+    run_id = open_run(uri, tmp_path)
+    write_metrics(tmp_path, range(1, 4))
+    early = tracker(uri, tmp_path, run_id, start_step=3)
+    early.close()
+    write_metrics(tmp_path, range(1, 8))  # the server went away after step 3
+    pictures, checkpoint = tmp_path / "reconstructions", tmp_path / "step_00000007"
+    for folder, name in ((pictures, "step_00000007.png"), (checkpoint, "state.pt")):
+        folder.mkdir()
+        (folder / name).write_bytes(b"content")
+    (pictures / ".step_00000009.png.part").write_bytes(b"killed here")
+
+    end = {"checkpoint": checkpoint, "tags": {"git_commit": "def"}, "ended_at_s": 1e9}
+    problem = close_run(dead_uri, run_id, tmp_path, **end)
+    assert problem is not None and "Connection refused" in problem
+    for _ in range(2):
+        assert close_run(uri, run_id, tmp_path, **end) is None
+    assert steps_of(uri, run_id) == list(range(1, 8))
+    client = MlflowClient(uri)
+    run = client.get_run(run_id)
+    assert (run.info.status, run.info.end_time) == ("FINISHED", int(1e12))
+    assert run.data.tags["git_commit"] == "def"
+    for folder, expected in (
+        ("", {"checkpoints", "metrics.jsonl", "reconstructions"}),
+        ("reconstructions", {"reconstructions/step_00000007.png"}),
+        ("checkpoints/step_00000007", {"checkpoints/step_00000007/state.pt"}),
+    ):
+        assert {a.path for a in client.list_artifacts(run_id, folder)} == expected
+
+
+def test_a_dead_server_costs_the_loop_nothing_and_the_end_little(
+    dead_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    start = time.monotonic()
+    late = tracking.Tracker(
+        tmp_path, uri=dead_uri, run_id="0123", start_step=0, system_metrics=True
+    )
+    for step in range(1, 51):
+        late.log(step, {"train/loss": float(step)})
+    late.close()
+    assert time.monotonic() - start < 20
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 50
+    messages = [r.getMessage() for r in caplog.records if r.name == "pipeline.tracking"]
+    assert len(messages) == 2 and "training goes on, retrying" in messages[0]
+    assert "50 values and 0 files are not delivered yet" in messages[1]
+
+
+def test_a_run_resumed_in_an_outage_is_running_again_once_the_server_is_back(
+    uri: str, tmp_path: Path
+):
+    run_id = open_run(uri, tmp_path)
+    client = MlflowClient(uri)
+    client.set_terminated(run_id, status="KILLED")
+    resumed = tracker(uri, tmp_path, run_id)
+    resumed.log(1, {"train/loss": 1.0})
+    deadline = time.monotonic() + 20
+    while client.get_run(run_id).info.status != "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert client.get_run(run_id).info.status == "RUNNING"
+    resumed.close()
+
+
+def test_a_picture_without_room_leaves_nothing_behind(uri: str, tmp_path: Path):
+    ours = tracker(uri, tmp_path, open_run(uri, tmp_path))
+    pictures = tmp_path / "reconstructions"
+    pictures.mkdir()
+    os.symlink("/dev/full", pictures / ".step_00000007.png.part")
+    with pytest.raises(OSError, match="No space left on device"):
+        ours.log_picture(7, b"png bytes")
+    assert not list(pictures.iterdir())
+    assert ours.log_picture(8, b"png bytes").read_bytes() == b"png bytes"
+    ours.close()
+
+
+def test_a_new_run_without_a_server_leaves_a_folder_that_blocks_no_other_command(
+    debug_config: PretrainConfig, dead_uri: str
+):
+    config = apply_overrides(debug_config, {"tracking.uri": dead_uri})
+    with pytest.raises(ValueError, match="takes no new run"):
+        MlflowRun(config, RunFolder(config)).open(num_samples=24)
+    folder = RunFolder(debug_config)  # with --tracking.uri ''
+    folder.check()
+    run_id = MlflowRun(debug_config, folder).open(num_samples=24)
+    assert folder.state["mlflow_run_id"] == run_id
+
+
+def test_a_finished_run_remembers_what_mlflow_lacks_until_it_is_delivered(
+    debug_config: PretrainConfig, dead_uri: str, tmp_path: Path
+):
+    folder = RunFolder(debug_config)
+    run_id = MlflowRun(debug_config, folder).open(num_samples=24)
+    (tmp_path / ENCODER_FILE).write_bytes(b"weights")
+    write_metrics(folder.path, range(1, 6))
+    folder.finish({"steps": 5}, tmp_path)
+    away = MlflowRun(apply_overrides(debug_config, {"tracking.uri": dead_uri}), folder)
+    away.close(run_id, "FINISHED")
+    assert folder.state["mlflow_pending"] and folder.state["status"] == "FINISHED"
+    with pytest.raises(
+        ValueError, match=r"'debug' is finished .* still lacks .* start that server"
+    ):
+        away.deliver_late()
+    there = MlflowRun(debug_config, folder)
+    there.deliver_late()
+    assert not folder.state["mlflow_pending"]
+    run = MlflowClient(there.uri).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time == int(folder.state["ended_at"] * 1000)
+    assert steps_of(there.uri, run_id) == [1, 2, 3, 4, 5]
+    away.deliver_late()  # nothing is left to do
