@@ -1,4 +1,4 @@
-# make install | test | lint | demo | clean: each creates .venv and installs what it needs, once.
+# make install | test | test-faults | lint | demo | clean: each creates .venv and installs what it needs, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Torch threads that spin while they wait starve the Ray processes of a small machine.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: install test lint format demo mlflow clean
+.PHONY: install test test-faults lint format demo mlflow clean
 
 install: $(STAMP)
 
@@ -18,7 +18,11 @@ $(STAMP): pyproject.toml
 	touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not faults"
+
+# Kills, full disks, lost nodes and dead servers, on whole runs: minutes, not seconds.
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -m faults
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -246,6 +246,8 @@ class ScalingConfig:
     """Train on GPUs, in bfloat16 autocast with float32 losses."""
     cpus_per_worker: float = 1.0
     """Logical CPUs a training worker reserves."""
+    worker_resource: str = ""
+    """Custom Ray resource a training worker takes one of, to keep it to the nodes that offer it."""
     max_batch_size_per_worker: int = 64
     """Largest micro-batch; gradients accumulate until the global batch is complete."""
 
@@ -421,7 +423,7 @@ def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ignored = {
         *("run.dry_run", "run.allow_config_change", "run.storage_path", "run.max_failures"),
         *("run.keep_checkpoints", "run.keep_every_steps", "run.checkpoint_every_minutes"),
-        *("run.on_checkpoint_error", "scaling.resize_check_s"),
+        *("run.on_checkpoint_error", "scaling.resize_check_s", "scaling.worker_resource"),
     }
     flat = [{f"{s}.{k}": v for s, d in c.items() for k, v in d.items()} for c in (old, new)]
     keys = sorted((set(flat[0]) | set(flat[1])) - ignored)

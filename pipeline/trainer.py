@@ -202,8 +202,10 @@ def _show_news(board: Any, display: ProgressDisplay) -> None:
 
 
 def _worker_resources(config: PretrainConfig) -> dict[str, float]:
-    resources = {"CPU": config.scaling.cpus_per_worker}
-    return resources | ({"GPU": 1.0} if config.scaling.use_gpu else {})
+    scaling = config.scaling
+    resources = {"CPU": scaling.cpus_per_worker}
+    resources |= {"GPU": 1.0} if scaling.use_gpu else {}
+    return resources | ({scaling.worker_resource: 1.0} if scaling.worker_resource else {})
 
 
 def _root_cause(error: BaseException) -> str:
