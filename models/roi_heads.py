@@ -31,7 +31,6 @@ from torchvision.ops import (
     MultiScaleRoIAlign,
     clip_boxes_to_image,
     generalized_box_iou_loss,
-    remove_small_boxes,
 )
 
 BoxLoss = Literal["giou", "smooth_l1"]
@@ -152,8 +151,7 @@ class StagedRoIHeads(nn.Module):
             losses[f"loss_classifier{suffix}"] = STAGE_LOSS_WEIGHTS[i] * loss_class
             losses[f"loss_box_reg{suffix}"] = STAGE_LOSS_WEIGHTS[i] * loss_box
             if i + 1 < len(stages):
-                refined = self._refine(stage, boxes.detach(), proposals, image_shapes)
-                proposals = [b[remove_small_boxes(b, min_size=1.0)] for b in refined]
+                proposals = self._refine(stage, boxes.detach(), proposals, image_shapes)
         if self.mask_head is not None:
             objects = [torch.where(label > 0)[0] for label in labels]
             regions = [boxes[keep] for boxes, keep in zip(proposals, objects, strict=True)]

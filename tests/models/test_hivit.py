@@ -29,9 +29,13 @@ def capture_inputs(module: nn.Module) -> list[tuple[Tensor, ...]]:
 # ---- visible tokens only ----
 
 
+@pytest.mark.parametrize("init_values", [None, 0.1])
 @pytest.mark.parametrize("rel_pos_bias", [False, True])
-def test_visible_tokens_alone_give_the_dense_stages_4_and_8_at_those_tokens(rel_pos_bias: bool):
-    model, images = tiny.backbone(rel_pos_bias=rel_pos_bias), tiny.images()
+def test_visible_tokens_alone_give_the_dense_stages_4_and_8_at_those_tokens(
+    rel_pos_bias: bool, init_values: float | None
+):
+    model = tiny.backbone(rel_pos_bias=rel_pos_bias, init_values=init_values)
+    images = tiny.images()
     ids_visible, _ = split_tokens(tiny.mask())
     masked, dense = model(images, ids_visible), model(images)
     for stride in (4, 8):
@@ -85,6 +89,16 @@ def test_feature_shapes_follow_the_strides():
         8: (2, 3, 2, 2, 8),
         16: (2, 3, 1, 1, 16),
     }
+
+
+def test_all_tokens_given_as_visible_are_the_dense_forward_but_for_resampled_positions():
+    model, images = tiny.backbone(rel_pos_bias=True, init_values=0.1), tiny.images()
+    with torch.no_grad():  # a constant table is the same however it is resampled
+        model.pos_embed.copy_(model.pos_embed[:, :1].expand_as(model.pos_embed).clone())
+    ids = torch.arange(tiny.NUM_PATCHES).expand(2, -1)
+    masked, dense = model(images, ids), model(images)
+    for stride in tiny.STRIDES:
+        torch.testing.assert_close(masked[stride], dense[stride], atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -223,6 +237,7 @@ def test_drop_path_acts_in_training_only():
     [
         ({"embed_dim": 18}, "embed_dim=18 must be a multiple of 4"),
         ({"img_size": 60}, "img_size=60 a multiple of patch_size=16"),
+        ({"pos_embed_size": 60}, "pos_embed_size=60"),
         ({"patch_size": 10, "img_size": 60}, "patch_size=10 must be a multiple of 4"),
         ({"num_heads": 3}, "embed_dim=16 is not divisible by num_heads=3"),
     ],
