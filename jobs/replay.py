@@ -2,8 +2,8 @@
 
     python -m jobs.replay runs/my-run/nonfinite/step_00000012
 
-Expected: one line a step with its loss and gradient norm, then the samples whose own loss is not
-finite. Needs the data set of the run; no Ray.
+Expected: one line a step with its loss and gradient norm, then the samples whose own loss or
+gradient is not finite. Needs the data set of the run; no Ray.
 """
 
 from __future__ import annotations

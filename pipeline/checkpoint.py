@@ -117,7 +117,7 @@ class Checkpointer:
         for step in reversed(self._steps()):
             try:
                 folder = self.fetch(step)
-                problem = _problem(folder)
+                problem = problem_of(folder)
             except FileNotFoundError as error:
                 problem = f"{type(error).__name__}: {error}"
             if problem is None:
@@ -308,7 +308,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _problem(folder: Path) -> str | None:
+def problem_of(folder: Path) -> str | None:
+    """Why the files of a checkpoint do not match its manifest, or None."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         for name, expected in manifest["files"].items():
@@ -317,6 +318,8 @@ def _problem(folder: Path) -> str | None:
                 return f"{name} has {found['bytes']} bytes, not the {expected['bytes']} written"
             if found != expected:
                 return f"{name} has changed since it was written (sha256)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
         return f"{type(error).__name__}: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST_FILE} is damaged: {type(error).__name__}: {error}"
     return None

@@ -117,7 +117,7 @@ def pretrain(
             new_bad += bad
             num_bad += len(bad)
             images, mask = to_device(batch, config, worker.device)
-            weight = _weight(batch, worker.device) if bad else None
+            weight = sample_weights(batch, worker.device) if bad else None
             with _no_sync_unless(micro == num_micros - 1, model):
                 losses += forward_backward(
                     model, state.teacher, images, mask, config, weight, worker.world_size
@@ -263,7 +263,7 @@ def to_device(batch: Batch, config: PretrainConfig, device: torch.device) -> tup
     return images.permute(0, 3, 1, 2).contiguous(), mask
 
 
-def _weight(batch: Batch, device: torch.device) -> Tensor:
+def sample_weights(batch: Batch, device: torch.device) -> Tensor:
     """(B,) 1 for good samples, 0 for bad ones."""
     return torch.from_numpy(batch["bad"] == "").float().to(device)
 

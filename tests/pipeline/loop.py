@@ -13,6 +13,7 @@ from pipeline.data import Batch, SampleFactory, micro_batches, sample_stream
 from pipeline.pretrain import Hooks, pretrain
 from pipeline.quarantine import BadSample
 from pipeline.sources import build_index
+from pipeline.train_state import Worker
 
 
 @dataclass
@@ -23,6 +24,7 @@ class LocalRun:
     folder: Path
     change_batch: Callable[[int, Batch], Batch] = lambda step, batch: batch
     stop_at: int = -1
+    worker: Worker = Worker()
     save_at: tuple[int, ...] = ()
     """Steps at which `wants_checkpoint` asks for one."""
     records: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -46,15 +48,18 @@ class LocalRun:
             self.config.data.path, max_bad_fraction=self.config.data.max_bad_fraction
         )
         factory = SampleFactory.build(self.config, index)
-        held_out = SampleFactory.build(self.config, index)
+        if self.config.data.val_path:
+            index = build_index(self.config.data.val_path, max_bad_fraction=0)
+        held_out = SampleFactory.build(self.config, index).evaluation_batch(*self.worker[:2])
         checkpointer = self.checkpointer
         try:
             return pretrain(
                 self.config,
                 num_samples=len(factory.reader),
                 batches_from=lambda step: self._batches(factory, step),
-                evaluation_batch=held_out.evaluation_batch(),
+                evaluation_batch=held_out,
                 checkpointer=checkpointer,
+                worker=self.worker,
                 hooks=Hooks(
                     on_start=self._on_start,
                     on_metrics=self._on_metrics,
@@ -76,7 +81,7 @@ class LocalRun:
         stream = sample_stream(self.config, factory.reader.index)
         step = start
         while True:
-            for micro in micro_batches(stream, self.config, step, rank=0):
+            for micro in micro_batches(stream, self.config, step, *self.worker[:2]):
                 batch = factory.batch(micro)
                 self.seen += micro.positions.tolist()
                 self.rows += micro.rows.tolist()
