@@ -73,7 +73,9 @@ class PyramidBackbone(nn.Module):
         side = self.encoder.backbone.patch_size
         grid = (images.shape[-2] // side, images.shape[-1] // side)
         levels = detection_levels(self.encoder(images), grid, num_levels=self.num_levels)
-        return OrderedDict((str(i), level) for i, level in enumerate(levels.values()))
+        # In the images' precision also under autocast: torchvision lays the anchors out in that of
+        # the levels, and bfloat16 knows whole pixels only up to 256.
+        return OrderedDict((str(i), x.to(images.dtype)) for i, x in enumerate(levels.values()))
 
 
 class ITPNDetector(GeneralizedRCNN):
@@ -148,12 +150,25 @@ class ITPNDetector(GeneralizedRCNN):
         return {f"backbone.encoder.backbone.{name}" for name in names}
 
 
+class PreciseRPNHead(RPNHead):
+    """torchvision's head, answering in the precision of the levels also under autocast.
+
+    Boxes are decoded in the precision of the deltas; in bfloat16 they would be pixels off.
+    """
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """levels [(B, F, h, w)] -> objectness [(B, A, h, w)], deltas [(B, 4A, h, w)]."""
+        scores, deltas = super().forward(x)
+        dtype = x[0].dtype
+        return [s.to(dtype) for s in scores], [d.to(dtype) for d in deltas]
+
+
 def proposal_network(in_channels: int) -> RegionProposalNetwork:
     """RPN with the official numbers: IoU 0.7 / 0.3, 256 anchors an image, NMS 0.7."""
     anchors = AnchorGenerator(ANCHOR_SIZES, ASPECT_RATIOS)
     return RegionProposalNetwork(
         anchors,
-        RPNHead(in_channels, anchors.num_anchors_per_location()[0]),
+        PreciseRPNHead(in_channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
         batch_size_per_image=256,

@@ -175,7 +175,7 @@ class StagedRoIHeads(nn.Module):
         probabilities = []
         for i, stage in enumerate(stages):
             scores, boxes = self._predict(stage, features, proposals, image_shapes)
-            probabilities.append(F.softmax(scores.float(), dim=-1))
+            probabilities.append(F.softmax(scores, dim=-1))
             if i + 1 < len(stages):
                 proposals = self._refine(stage, boxes, proposals, image_shapes)
         # The stock suppression takes logits: the softmax of log p is p.
@@ -199,9 +199,12 @@ class StagedRoIHeads(nn.Module):
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
     ) -> tuple[Tensor, Tensor]:
-        """Class logits (R, K) and box deltas (R, K*4); one box for all classes is repeated."""
+        """Class logits (R, K) and box deltas (R, K*4); one box for all classes is repeated.
+
+        In the precision of the proposals also under autocast, see `PreciseRPNHead`.
+        """
         x = stage.box_head(stage.box_roi_pool(features, proposals, image_shapes))
-        scores, boxes = stage.box_predictor(x)
+        scores, boxes = (y.to(proposals[0].dtype) for y in stage.box_predictor(x))
         if boxes.shape[1] == 4:
             boxes = boxes.repeat(1, self.num_outputs)
         return scores, boxes
@@ -250,7 +253,7 @@ def giou_box_loss(
     objects = torch.where(label > 0)[0]
     regions = torch.cat(proposals)[objects]
     deltas = boxes.reshape(len(label), -1, 4)[objects, label[objects]]  # (objects, 4)
-    predicted = stage.box_coder.decode_single(deltas.float(), regions)
+    predicted = stage.box_coder.decode_single(deltas, regions)
     wanted = stage.box_coder.decode_single(torch.cat(box_targets)[objects], regions)
     loss = generalized_box_iou_loss(predicted, wanted, reduction="sum")
     return GIOU_WEIGHT * loss / label.numel()

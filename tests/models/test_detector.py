@@ -116,6 +116,8 @@ def test_a_batch_without_objects_trains(kind: str):
     sum(losses.values()).backward()
     assert all(bool(loss.isfinite()) for loss in losses.values())
     assert float(losses["loss_mask"].detach()) == 0
+    # distributed training waits for the gradient of every parameter
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_a_few_steps_lower_the_loss():
@@ -130,6 +132,27 @@ def test_a_few_steps_lower_the_loss():
         optimizer.step()
         totals.append(float(total.detach()))
     assert totals[-1] < 0.8 * totals[0], totals
+
+
+@pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_boxes_keep_their_precision_under_autocast(kind: str):
+    model = detector(kind)
+    images, targets = batch()
+    tensors, _ = model.transform(images)
+    with torch.no_grad():
+        plain = model.rpn.anchor_generator(tensors, list(model.backbone(tensors.tensors).values()))
+        with torch.autocast("cpu", torch.bfloat16):
+            levels = model.backbone(tensors.tensors)
+            scores, deltas = model.rpn.head(list(levels.values()))
+            anchors = model.rpn.anchor_generator(tensors, list(levels.values()))
+            predictions = model.eval()(images)
+    assert torch.equal(anchors[0], plain[0])
+    assert {x.dtype for x in (*scores, *deltas, *levels.values())} == {torch.float32}
+    assert {p["boxes"].dtype for p in predictions} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.train()(images, targets)
+    sum(losses.values()).backward()
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
 
 
 def test_training_without_masks_or_targets_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from models.segmenter import ITPNSegmenter, create_segmenter
 from models.weights import load_weights, to_official
 from tests.models import tiny
 from tests.models.golden import GOLDEN_DIR
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BIAS_TABLE = "relative_position_bias_table"
 
@@ -203,6 +206,7 @@ def official_state(variant: str) -> dict[str, Tensor]:
     return {key: torch.empty(shape, device="meta") for key, shape, *_ in keys}
 
 
+@cache
 def full_size(variant: str) -> ITPN:
     """The encoder of an official detector or segmenter, on the meta device."""
     task, teacher, size = variant.split("_")
