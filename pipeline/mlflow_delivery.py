@@ -1,9 +1,8 @@
 """Delivery to MLflow by a thread of its own, over outages of the server.
 
-Whatever MLflow lacks is told from the last step it has of each metric: everything is sent in the
-order of steps, so all before that step is there. Surprising: that is asked again after each
-failure, because a server that did not answer may have taken what it was sent. mlflow is imported
-where it is used: it takes seconds, which worker 0 spends in the background.
+Surprising: after each failure MLflow is asked anew what it has, because a server that did not
+answer may have taken what it was sent. mlflow is imported where it is used: it takes seconds, which
+worker 0 spends in the background.
 """
 
 from __future__ import annotations
@@ -63,34 +62,55 @@ def points_of(record: Record) -> list[Point]:
     return [Point(key, value, time_ms, record["step"]) for key, value in metrics.items()]
 
 
-def last_steps(run: Any) -> dict[str, int]:
-    """Last step MLflow has of each metric, from a run just fetched.
+def reason(error: BaseException) -> str:
+    """The operating system's error at the root of a failed call, which says it best, or itself."""
+    root = error
+    while (before := root.__cause__ or root.__context__) is not None:
+        root = before
+    shown = root if isinstance(root, OSError) else error
+    return f"{type(shown).__name__}: {shown}"
 
-    In one call: the history of each metric would be a page for every 25000 steps of it.
+
+class KnownSteps:
+    """The steps of each metric that MLflow has: asked once, then brought up to date.
+
+    One call tells the last step of every metric, and later ones are sure to be new. Of a metric
+    with earlier ones the history is read, 25000 steps a call: after a restart there may be gaps
+    before the last step.
     """
-    return {metric.key: metric.step for metric in run.data._metric_objs}
 
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self._client = client
+        self._run_id = run_id
+        run = client.get_run(run_id)
+        self.status: str = run.info.status
+        self.last: dict[str, int] = {m.key: m.step for m in run.data._metric_objs}
+        self._earlier: dict[str, set[int]] = {}
 
-def send_points(
-    client: MlflowClient, run_id: str, points: list[Point], last: dict[str, int]
-) -> None:
-    """Log the points MLflow lacks, in large batches; what is done is taken off the list.
+    def has(self, point: Point) -> bool:
+        """Whether MLflow has a value of this metric at this step."""
+        key = point.key
+        if point.step > self.last.get(key, -1):
+            return False
+        if key not in self._earlier:
+            history = self._client.get_metric_history(self._run_id, key)
+            self._earlier[key] = {metric.step for metric in history}
+        return point.step in self._earlier[key]
 
-    Args:
-        client: as of `connect`.
-        run_id: MLflow run.
-        points: in order of steps.
-        last: last step MLflow has of each metric; brought up to date.
-    """
-    from mlflow.entities import Metric
+    def send(self, points: list[Point]) -> None:
+        """Log the points MLflow lacks, in large batches; what is done is taken off the list."""
+        from mlflow.entities import Metric
 
-    while points:
-        batch = points[:_MAX_METRICS]
-        new = [point for point in batch if point.step > last.get(point.key, -1)]
-        if new:
-            client.log_batch(run_id, metrics=[Metric(*point) for point in new], synchronous=True)
-        last |= {point.key: point.step for point in new}
-        del points[: len(batch)]
+        while points:
+            batch = points[:_MAX_METRICS]
+            new = [point for point in batch if not self.has(point)]
+            if new:
+                metrics = [Metric(*point) for point in new]
+                self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+            for point in new:
+                self.last[point.key] = max(point.step, self.last.get(point.key, -1))
+            del points[: len(batch)]
+        self._earlier.clear()  # what comes now is later
 
 
 class MlflowDelivery:
@@ -121,7 +141,7 @@ class MlflowDelivery:
         self._points: list[Point] = []
         self._artifacts: list[tuple[Path, str]] = []
         self._client: MlflowClient | None = None
-        self._last: dict[str, int] | None = None  # None: MLflow must be asked
+        self._known: KnownSteps | None = None  # None: MLflow must be asked
         self._sampler = _SystemSampler() if system_metrics else None
         self._has_met = False
         self._is_failing = False
@@ -152,9 +172,11 @@ class MlflowDelivery:
             try:
                 self._deliver()
             except Exception as error:
-                self._last = None
+                self._known = None
                 if not self._is_failing:
-                    self._warn(f"MLflow at {self._uri}: {error}; training goes on, retrying")
+                    self._warn(
+                        f"MLflow at {self._uri}: {reason(error)}; training goes on, retrying"
+                    )
                 self._is_failing = True
                 if self._is_closing and time.monotonic() > self._stop_by:
                     self._warn(
@@ -194,15 +216,15 @@ class MlflowDelivery:
         if self._client is None:
             self._client = connect(self._uri)
         client = self._client
-        if self._last is None:
-            run = client.get_run(self._run_id)
-            if not self._has_met and not self._is_closing and run.info.status != "RUNNING":
+        if self._known is None:
+            known = KnownSteps(client, self._run_id)
+            if not self._has_met and not self._is_closing and known.status != "RUNNING":
                 client.update_run(self._run_id, status="RUNNING")  # resumed in an outage
             self._has_met = True
-            self._last = last_steps(run)
+            self._known = known
         if self._sampler is not None:
-            self._points += self._sampler.take(self._last)
-        send_points(client, self._run_id, self._points, self._last)
+            self._points += self._sampler.take(self._known.last)
+        self._known.send(self._points)
         while self._artifacts:
             path, artifact_folder = self._artifacts[0]
             if path.is_file():

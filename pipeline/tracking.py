@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.metrics_file import MetricsFile, read_records
-from pipeline.mlflow_delivery import MlflowDelivery, connect, last_steps, points_of, send_points
+from pipeline.mlflow_delivery import KnownSteps, MlflowDelivery, connect, points_of, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,8 +69,8 @@ def open_run(
         if uri.startswith("sqlite:"):
             way_out = "make that file writable and give it room, or choose another --tracking.uri"
         raise ValueError(
-            f"tracking.uri='{uri}' takes no new run: {error}; a run starts only where it can be "
-            f"logged: {way_out}"
+            f"tracking.uri='{uri}' takes no new run: {reason(error)}; a run starts only "
+            f"where it can be logged: {way_out}"
         ) from error
 
 
@@ -120,7 +120,8 @@ def _reopen(uri: str, run_id: str, tags: dict[str, str]) -> None:
                 "begin a new one"
             ) from error
         logger.warning(
-            "MLflow at %s: %s; the run goes on, metrics are delivered when it is back", uri, error
+            "MLflow at %s: %s; the run goes on, metrics are delivered when it is back",
+            *(uri, reason(error)),
         )
 
 
@@ -160,15 +161,9 @@ def close_run(
     for pause_s in (*_CLOSE_PAUSES_S, None):
         try:
             client = connect(uri)
-            last = last_steps(client.get_run(run_id))
+            known = KnownSteps(client, run_id)
             records = read_records(run_dir / "metrics.jsonl")
-            points = [
-                point
-                for record in records
-                for point in points_of(record)
-                if point.step > last.get(point.key, -1)
-            ]
-            send_points(client, run_id, points, last)
+            known.send([p for record in records for p in points_of(record) if not known.has(p)])
             try:
                 _log_artifacts(client, run_id, run_dir, files, checkpoint)
             finally:  # artifacts may lie on another server
@@ -176,7 +171,7 @@ def close_run(
                 client.set_terminated(run_id, status=status, end_time=ended_at_ms)
             return None
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem = reason(error)
         if pause_s is not None:
             time.sleep(pause_s)
     return problem

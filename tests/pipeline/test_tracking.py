@@ -6,10 +6,8 @@ import json
 import logging
 import os
 import shutil
-import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from pipeline import mlflow_delivery, tracking
-from pipeline.checkpoint import ENCODER_FILE
-from pipeline.config import PretrainConfig, apply_overrides
-from pipeline.mlflow_run import MlflowRun
-from pipeline.run_folder import RunFolder
+from tests.pipeline.mlflow_stores import dead_uri, steps_of, write_metrics
+
+__all__ = ["dead_uri"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +33,6 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uri(tmp_path: Path, empty_database: Path) -> str:
     shutil.copy(empty_database, tmp_path / "mlflow.db")
     return tracking.default_tracking_uri(tmp_path)
-
-
-@pytest.fixture
-def dead_uri() -> Iterator[str]:
-    """A port that nobody listens on, and nobody else can take."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 @pytest.fixture(autouse=True)
@@ -74,15 +63,6 @@ def tracker(uri: str, tmp_path: Path, run_id: str, *, start_step: int = 0) -> tr
 def close_run(uri: str, run_id: str, tmp_path: Path, **more: Any) -> str | None:
     files = [tmp_path / "metrics.jsonl", tmp_path / "absent.json"]
     return tracking.close_run(uri, run_id, "FINISHED", run_dir=tmp_path, files=files, **more)
-
-
-def write_metrics(tmp_path: Path, steps: range, keys: tuple[str, ...] = ("train/loss",)) -> None:
-    lines = [{"step": s, "time": 1.5 + s, **{key: 0.5 * s for key in keys}} for s in steps]
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
-
-
-def steps_of(uri: str, run_id: str, key: str = "train/loss") -> list[int]:
-    return [m.step for m in MlflowClient(uri).get_metric_history(run_id, key)]
 
 
 def test_a_resumed_run_stays_one_run_with_every_step_once(uri: str, tmp_path: Path):
@@ -224,6 +204,20 @@ def test_a_long_backlog_is_delivered_in_few_large_batches(
     assert all(steps_of(uri, run_id, key) == list(range(1, 501)) for key in keys)
 
 
+def test_a_gap_before_the_last_step_mlflow_has_is_filled(uri: str, tmp_path: Path):
+    """A checkpoint computed again may be told of a step earlier than the first time."""
+    run_id = open_run(uri, tmp_path)
+    for step in (1, 3):
+        MlflowClient(uri).log_metric(run_id, "train/loss", 0.5 * step, 1500 + 1000 * step, step)
+    write_metrics(tmp_path, range(1, 5))
+    ours = tracker(uri, tmp_path, run_id, start_step=2)
+    ours.close()
+    assert sorted(steps_of(uri, run_id)) == [1, 2, 3]
+    write_metrics(tmp_path, range(1, 5))
+    assert close_run(uri, run_id, tmp_path) is None
+    assert sorted(steps_of(uri, run_id)) == [1, 2, 3, 4]
+
+
 def test_artifacts_that_cannot_be_stored_hold_up_no_metrics(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -360,40 +354,3 @@ def test_a_picture_without_room_leaves_nothing_behind(uri: str, tmp_path: Path):
     assert not list(pictures.iterdir())
     assert ours.log_picture(8, b"png bytes").read_bytes() == b"png bytes"
     ours.close()
-
-
-def test_a_new_run_without_a_server_leaves_a_folder_that_blocks_no_other_command(
-    debug_config: PretrainConfig, dead_uri: str
-):
-    config = apply_overrides(debug_config, {"tracking.uri": dead_uri})
-    with pytest.raises(ValueError, match="takes no new run"):
-        MlflowRun(config, RunFolder(config)).open(num_samples=24)
-    folder = RunFolder(debug_config)  # with --tracking.uri ''
-    folder.check()
-    run_id = MlflowRun(debug_config, folder).open(num_samples=24)
-    assert folder.state["mlflow_run_id"] == run_id
-
-
-def test_a_finished_run_remembers_what_mlflow_lacks_until_it_is_delivered(
-    debug_config: PretrainConfig, dead_uri: str, tmp_path: Path
-):
-    folder = RunFolder(debug_config)
-    run_id = MlflowRun(debug_config, folder).open(num_samples=24)
-    (tmp_path / ENCODER_FILE).write_bytes(b"weights")
-    write_metrics(folder.path, range(1, 6))
-    folder.finish({"steps": 5}, tmp_path)
-    away = MlflowRun(apply_overrides(debug_config, {"tracking.uri": dead_uri}), folder)
-    away.close(run_id, "FINISHED")
-    assert folder.state["mlflow_pending"] and folder.state["status"] == "FINISHED"
-    with pytest.raises(
-        ValueError, match=r"'debug' is finished .* still lacks .* start that server"
-    ):
-        away.deliver_late()
-    there = MlflowRun(debug_config, folder)
-    there.deliver_late()
-    assert not folder.state["mlflow_pending"]
-    run = MlflowClient(there.uri).get_run(run_id)
-    assert run.info.status == "FINISHED"
-    assert run.info.end_time == int(folder.state["ended_at"] * 1000)
-    assert steps_of(there.uri, run_id) == [1, 2, 3, 4, 5]
-    away.deliver_late()  # nothing is left to do
