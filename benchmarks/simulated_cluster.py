@@ -18,7 +18,9 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 _STORE_BYTES = 150 * 2**20
@@ -67,6 +69,15 @@ class SimulatedCluster:
     def kill_node(self, index: int) -> None:
         """Every process of a node is gone at once, without a word."""
         self.cluster.remove_node(self.nodes.pop(index), allow_graceful=False)
+
+    def drain_node(self, index: int, deadline_s: float) -> None:
+        """Announce that a node will be taken away, as a cloud does with spot machines."""
+        client = GcsClient(address=self.address)
+        preemption = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int((time.time() + deadline_s) * 1000)
+        node_id = self.nodes[index].node_id
+        is_accepted, why = client.drain_node(node_id, preemption, "spot reclaim", deadline_ms)
+        assert is_accepted, why
 
     def training_workers(self) -> list[psutil.Process]:
         """Processes of Ray Train's workers on this cluster."""
