@@ -44,8 +44,8 @@ class RunConfig:
     keep_every_steps: int = 0
     """Checkpoints of multiples of this step are kept for good; 0: none."""
     checkpoint_path: str = ""
-    """Where checkpoints go instead of the run's folder: <checkpoint_path>/<run.name>, local or a
-    URI such as s3://bucket/folder."""
+    """Where checkpoints go instead of the run's folder: <checkpoint_path>/<run.name>, an absolute
+    path or a URI such as s3://bucket/folder."""
     on_checkpoint_error: Literal["continue", "stop"] = "continue"
     """What to do when a checkpoint cannot be written, say on a full disk: train on (the last good
     one is kept, the next one is tried), or stop."""
@@ -74,6 +74,12 @@ class RunConfig:
         for key in ("checkpoint_every_minutes", "keep_every_steps", "max_failures"):
             _require_not_negative(f"run.{key}", getattr(self, key))
         _require_choice("run.on_checkpoint_error", self.on_checkpoint_error, ("continue", "stop"))
+        path = self.checkpoint_path
+        if path and not path.startswith("/") and "://" not in path:
+            raise ValueError(
+                f"run.checkpoint_path='{path}' would be another folder on every worker; give an "
+                "absolute path or a URI such as s3://bucket/folder"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,7 +236,8 @@ class OptimConfig:
         for key in ("lr", "base_lr", "num_epochs", "num_steps"):
             if (value := getattr(self, key)) is not None:
                 _require_positive(f"optim.{key}", value)
-        _require_not_negative("optim.max_skipped_steps", self.max_skipped_steps)
+        for key in ("clip_grad_norm", "max_skipped_steps"):
+            _require_not_negative(f"optim.{key}", getattr(self, key))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,6 +259,13 @@ class ScalingConfig:
     """Largest micro-batch; gradients accumulate until the global batch is complete."""
 
     def __post_init__(self) -> None:
+        given = self.num_workers
+        numbers = given if isinstance(given, tuple) and len(given) == 2 else (given,)
+        if any(type(number) is not int for number in numbers):
+            raise ValueError(
+                f"scaling.num_workers={given} must be a whole number, or two: the fewest and the "
+                "most workers"
+            )
         _require_positive("scaling.num_workers", self.min_workers)
         if self.min_workers > self.max_workers:
             raise ValueError(
@@ -364,7 +378,7 @@ def _require_positive(key: str, value: float) -> None:
 
 
 def _require_not_negative(key: str, value: float) -> None:
-    if value < 0:
+    if not value >= 0:
         raise ValueError(f"{key}={value} must be 0 or more")
 
 

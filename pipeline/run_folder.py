@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pipeline import storage
 from pipeline.checkpoint import ENCODER_FILE
 from pipeline.config import PretrainConfig, config_diff, config_to_dict
 from pipeline.quarantine import QUARANTINE_FILE
@@ -39,8 +40,10 @@ class RunFolder:
         """Refuse what must not happen silently.
 
         Raises:
-            ValueError: the run is finished, or was started with another configuration.
+            ValueError: the run is finished, was started with another configuration, or has no place
+                for its checkpoints.
         """
+        storage.resolve(self.checkpoints)
         name = self.config.run.name
         if self.is_finished:
             raise ValueError(

@@ -46,6 +46,21 @@ def test_overrides_of_every_kind_arrive() -> None:
     assert parse(*command.split()) == apply_overrides(debug(), expected)
 
 
+@pytest.mark.parametrize(("arguments", "expected"), [("2", 2), ("1 2", (1, 2)), ("2 2", (2, 2))])
+def test_number_of_workers_is_one_number_or_two(arguments: str, expected: object) -> None:
+    assert parse(*f"debug --scaling.num-workers {arguments}".split()) == apply_overrides(
+        debug(), {"scaling.num_workers": expected}
+    )
+
+
+@pytest.mark.parametrize("arguments", ["", "1 2 3", "a", "1.5", "2 1"])
+def test_other_numbers_of_workers_exit_with_2(
+    capsys: pytest.CaptureFixture[str], arguments: str
+) -> None:
+    code, _, err = parse_and_exit(capsys, *f"debug --scaling.num-workers {arguments}".split())
+    assert code == 2 and err
+
+
 @pytest.mark.parametrize("name", PRETRAIN_RECIPES)
 def test_recipe_without_overrides_is_the_recipe(name: str) -> None:
     assert parse(name) == get_recipe(name)

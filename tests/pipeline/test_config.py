@@ -117,6 +117,26 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"scaling.cpus_per_worker": 0}, "scaling.cpus_per_worker=0 must be greater than 0"),
     ({"scaling.max_batch_size_per_worker": 0}, "scaling.max_batch_size_per_worker=0 must be great"),
     (
+        {"scaling.num_workers": (3, 2)},
+        "scaling.num_workers=(3, 2): the first number, the fewest workers, must not exceed the "
+        "second, the most",
+    ),
+    ({"scaling.num_workers": (0, 2)}, "scaling.num_workers=0 must be greater than 0"),
+    *(
+        (
+            {"scaling.num_workers": wrong},
+            f"scaling.num_workers={shown} must be a whole number, or two: the fewest and the most",
+        )
+        for wrong, shown in [
+            *(([], "()"), ([2], "(2,)"), ([1, 2, 3], "(1, 2, 3)"), ("2", "2"), (None, "None")),
+            *((2.0, "2.0"), (True, "True"), ([1, 2.5], "(1, 2.5)"), (["1", "2"], "('1', '2')")),
+        ]
+    ),
+    (
+        {"data.global_batch_size": 16, "scaling.num_workers": (1, 3)},
+        "data.global_batch_size=16 is not divisible by scaling.num_workers=3; use 15 or 18",
+    ),
+    (
         {"data.global_batch_size": 100, "scaling.num_workers": 8},
         "data.global_batch_size=100 is not divisible by scaling.num_workers=8; use 96 or 104",
     ),
@@ -148,6 +168,18 @@ def test_invalid_value_is_named_with_the_rule_and_the_way_out(
         ({"data.crop_ratio": (0.0, 1.0)}, "data.crop_ratio"),
         ({"objective.mfm_loss": "l1"}, "objective.mfm_loss"),
         ({"objective.teacher_input": "all"}, "objective.teacher_input"),
+        ({"run.checkpoint_every_minutes": -1.0}, "run.checkpoint_every_minutes"),
+        ({"run.checkpoint_every_minutes": float("nan")}, "run.checkpoint_every_minutes"),
+        ({"run.keep_checkpoints": 0}, "run.keep_checkpoints"),
+        ({"run.keep_every_steps": -5}, "run.keep_every_steps"),
+        ({"run.max_failures": -1}, "run.max_failures"),
+        ({"run.on_checkpoint_error": "ignore"}, "run.on_checkpoint_error"),
+        ({"run.checkpoint_path": "checkpoints"}, "run.checkpoint_path"),
+        ({"run.checkpoint_path": "~/checkpoints"}, "run.checkpoint_path"),
+        ({"optim.max_skipped_steps": -1}, "optim.max_skipped_steps"),
+        ({"optim.clip_grad_norm": -1.0}, "optim.clip_grad_norm"),
+        ({"scaling.resize_check_s": 0.0}, "scaling.resize_check_s"),
+        ({"scaling.resize_check_s": float("nan")}, "scaling.resize_check_s"),
     ],
 )
 def test_value_that_would_fail_or_mislead_in_a_worker_is_refused_at_construction(
@@ -155,6 +187,25 @@ def test_value_that_would_fail_or_mislead_in_a_worker_is_refused_at_construction
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{key}=")):
         apply_overrides(debug(), overrides)
+
+
+@pytest.mark.parametrize("path", ["", "/mnt/checkpoints", "s3://bucket/folder", "file:///mnt/c"])
+def test_checkpoints_may_go_to_an_absolute_path_or_a_uri(path: str) -> None:
+    assert apply_overrides(debug(), {"run.checkpoint_path": path}).run.checkpoint_path == path
+
+
+@pytest.mark.parametrize(
+    ("given", "fewest", "most"), [(1, 1, 1), (4, 4, 4), ((1, 2), 1, 2), ([2, 4], 2, 4)]
+)
+def test_number_of_workers_may_be_a_range_and_survives_json(
+    given: Any, fewest: int, most: int
+) -> None:
+    config = apply_overrides(debug(), {"scaling.num_workers": given})
+    assert (config.scaling.min_workers, config.scaling.max_workers) == (fewest, most)
+    again = config_from_dict(PretrainConfig, json.loads(json.dumps(config_to_dict(config))))
+    assert again == config and hash(again) == hash(config)
+    assert config_diff(config_to_dict(config), config_to_dict(again)) == []
+    assert config_hash(again) == config_hash(config)
 
 
 @settings(deadline=None)

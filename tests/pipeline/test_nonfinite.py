@@ -24,7 +24,7 @@ from tests.pipeline.overflows import (
     write_images,
 )
 from tests.pipeline.test_pretrain import assert_same_state
-from tests.pipeline.two_workers import skip_together
+from tests.pipeline.two_trainers import skip_together
 
 BRIGHT = 5
 PARTS = ("model", "teacher", "optimizer")

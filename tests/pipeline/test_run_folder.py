@@ -97,3 +97,22 @@ def test_relative_storage_path_becomes_absolute(
     monkeypatch.chdir(tmp_path)
     folder = reopen(debug_config, run__storage_path="here")
     assert folder.path == tmp_path / "here" / "debug"
+
+
+def test_checkpoints_lie_in_the_run_or_under_the_path_given(debug_config: PretrainConfig) -> None:
+    folder = RunFolder(debug_config)
+    assert folder.checkpoints == str(folder.path / "checkpoints")
+    for path in ("/mnt/checkpoints", "/mnt/checkpoints/"):
+        elsewhere = reopen(debug_config, run__checkpoint_path=path)
+        assert elsewhere.checkpoints == "/mnt/checkpoints/debug"
+        elsewhere.check()
+    assert reopen(debug_config, run__checkpoint_path="s3://b").checkpoints == "s3://b/debug"
+
+
+def test_checkpoint_path_that_nothing_can_open_is_refused_before_the_run_starts(
+    debug_config: PretrainConfig,
+) -> None:
+    folder = reopen(debug_config, run__checkpoint_path="tape://drive")
+    with pytest.raises(ValueError, match="'tape://drive/debug' is no location pyarrow can open"):
+        folder.check()
+    assert not folder.path.exists()

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 
-from pipeline.config import PretrainConfig, apply_overrides
-from pipeline.nonfinite import NonFiniteLossError
+from pipeline.config import apply_overrides
 from pipeline.pretrain import TrainState, Worker, loss_metrics, share_quarantine
 from pipeline.quarantine import BadSample
 from pipeline.recipes import debug
-from tests.pipeline.loop import LocalRun
 
 
 def merge_quarantines(rank: int, init_file: str, out: str) -> None:
@@ -33,41 +29,5 @@ def merge_quarantines(rank: int, init_file: str, out: str) -> None:
         metrics = loss_metrics(losses, 1 - rank, 8, has_mfm=False)
         result = {"paths": list(state.quarantine), "grew": grew, "loss": metrics["train/loss"]}
         Path(f"{out}/{rank}.json").write_text(json.dumps(result))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def skip_together(rank: int, init_file: str, out: str, config: PretrainConfig) -> None:
-    """Train over images one of which overflows; then again, where no step may be skipped."""
-    torch.set_num_threads(1)  # more threads than cores wait for each other for minutes
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{init_file}", rank=rank, world_size=2
-    )
-    states: list[TrainState] = []
-    build = TrainState.build
-
-    def remember(*args: Any) -> TrainState:
-        states.append(build(*args))
-        return states[-1]
-
-    try:
-        with mock.patch.object(TrainState, "build", remember):
-            run = LocalRun(config, Path(out) / "pair", worker=Worker(rank, 2))
-            summary = run()
-        strict = apply_overrides(config, {"optim.max_skipped_steps": 0})
-        failed = LocalRun(strict, Path(out) / "strict", worker=Worker(rank, 2))
-        error = ""
-        try:
-            failed()
-        except NonFiniteLossError as caught:
-            error = str(caught)
-        result = {
-            "state": states[0].state_dict(),
-            "skipped_steps": summary["skipped_steps"],
-            "rows": run.rows,
-            "error": error,
-            "dump": failed.dump,
-        }
-        torch.save(result, f"{out}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
