@@ -23,6 +23,15 @@ def two_threads() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For runs of a tiny model: two threads wait longer for each other than they compute, and 20
+    times as long where other processes want the cores, too."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 smooth random images of several sizes and formats, two of them in a subfolder."""

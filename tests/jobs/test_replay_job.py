@@ -15,6 +15,8 @@ from tests.conftest import REPO_ROOT
 from tests.pipeline.loop import LocalRun
 from tests.pipeline.overflows import overflowing_config, write_dump, write_images
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def dump(tmp_path: Path) -> Path:

@@ -18,6 +18,7 @@ from pipeline.recipes import debug
 from pipeline.sources import build_index
 from pipeline.train_state import TrainState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 

@@ -26,6 +26,7 @@ from tests.pipeline.overflows import (
 from tests.pipeline.test_pretrain import assert_same_state
 from tests.pipeline.two_trainers import skip_together
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BRIGHT = 5
 PARTS = ("model", "teacher", "optimizer")
 
@@ -194,11 +195,7 @@ def test_two_workers_skip_together_although_only_one_of_them_overflows(
     arguments = (str(tmp_path / "init"), str(tmp_path), pair)
     multiprocessing.spawn(skip_together, args=arguments, nprocs=2)
     alone = LocalRun(pair, tmp_path / "alone")
-    torch.set_num_threads(1)  # as in the workers
-    try:
-        summary = alone()
-    finally:
-        torch.set_num_threads(2)
+    summary = alone()
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert sum(result["rows"].count(BRIGHT) for result in results) == 2
     for result in results:

@@ -15,11 +15,12 @@ from pipeline.replay import ReplayedStep, replay, replay_report
 from tests.pipeline.loop import LocalRun
 from tests.pipeline.overflows import BATCH, overflowing_config, write_dump, write_images
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BRIGHT = (2, 3, 5, 8, 13, 21)
 
 
 @pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> LocalRun:
+def failed(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> LocalRun:
     """A run that ended because its steps 2, 3 and 4 (the first is 0) held overflowing images."""
     folder = tmp_path_factory.mktemp("failed")
     write_images(folder / "images", BRIGHT)

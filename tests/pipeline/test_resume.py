@@ -16,6 +16,7 @@ from pipeline.recipes import debug
 from tests.pipeline.loop import LocalRun
 from tests.pipeline.test_pretrain import assert_same_state
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NUM_STEPS, EVERY = 12, 5
 Moment = tuple[str, int]
 """Where a run is killed: a hook, or "batch" in the middle of a step, and the step."""
@@ -50,7 +51,9 @@ class MortalRun(LocalRun):
 
 
 @pytest.fixture(scope="module")
-def whole(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalRun:
+def whole(
+    image_folder: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None
+) -> LocalRun:
     """The uninterrupted run: 12 steps of 4 over 24 images, two micro-batches each."""
     settings = {
         "run.checkpoint_every_steps": EVERY,

@@ -16,7 +16,7 @@ from tests.pipeline.loop import LocalRun
 
 def skip_together(rank: int, init_file: str, out: str, config: PretrainConfig) -> None:
     """Train over images one of which overflows; then again, where no step may be skipped."""
-    torch.set_num_threads(1)  # more threads than cores wait for each other for minutes
+    torch.set_num_threads(1)  # as `one_thread` does, for equal bits
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{init_file}", rank=rank, world_size=2
     )
