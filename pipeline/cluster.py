@@ -31,7 +31,12 @@ PRIVATE_ENV = {
     # A data worker idles while the trainers are busy with what it decoded. Killed after Ray's one
     # second it would spend more CPU on importing than on decoding (measured: half of two cores).
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    # Nobody takes this one node away; watching for it costs an actor and two seconds of start.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
+# Ray Train may still count on a node that has just been lost. It finds out by waiting in vain for
+# its workers, by default for a minute.
+ELASTIC_ENV = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
 _OBJECT_STORE_BYTES = 512 * 2**20  # uint8 batches in flight; Ray's default takes 30 % of the memory
 
 
@@ -48,6 +53,9 @@ def cluster(config: PretrainConfig) -> Iterator[None]:
     Raises:
         ValueError: the cluster is too small for the run.
     """
+    if config.scaling.min_workers < config.scaling.max_workers:
+        for key, value in ELASTIC_ENV.items():
+            os.environ.setdefault(key, value)
     with joined_cluster(math.ceil(needed_cpus(config, config.scaling.max_workers))):
         _check_resources(config)
         yield

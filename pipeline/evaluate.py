@@ -109,7 +109,7 @@ class PretrainEvaluation:
             "val/baseline_visible_colour": float(s["colour/error"] / count),
         }
         best = min(metrics["val/baseline_position_mean"], metrics["val/baseline_visible_colour"])
-        metrics["val/mim_loss_over_baseline"] = metrics["val/loss_mim"] / best
+        metrics["val/mim_loss_over_baseline"] = _ratio(metrics["val/loss_mim"], best)
         if self.model.mfm is None:
             return metrics
         losses, baselines = [], []
@@ -121,9 +121,14 @@ class PretrainEvaluation:
             baselines.append(float(variance.mean()))
             metrics[f"val/loss_mfm{stride}"] = losses[-1]
             metrics[f"val/baseline_mfm{stride}"] = baselines[-1]
-            metrics[f"val/mfm{stride}_loss_over_baseline"] = losses[-1] / baselines[-1]
-        metrics["val/mfm_loss_over_baseline"] = sum(losses) / sum(baselines)
+            metrics[f"val/mfm{stride}_loss_over_baseline"] = _ratio(losses[-1], baselines[-1])
+        metrics["val/mfm_loss_over_baseline"] = _ratio(sum(losses), sum(baselines))
         return metrics
+
+
+def _ratio(loss: float, baseline: float) -> float:
+    """Of crops without any variation the trivial predictor makes no error: a huge, finite ratio."""
+    return loss / max(baseline, 1e-12)
 
 
 @torch.no_grad()

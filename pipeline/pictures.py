@@ -84,6 +84,8 @@ def _feature_colours(
     target = normalize_features(teacher(images, ids_masked))[PICTURE_STRIDE]  # (B, M, c, c, d)
     predicted = model.predict(images, mask).features[PICTURE_STRIDE]  # (B, N, c, c, d)
     predicted = gather_tokens(predicted, ids_masked).float()
+    # A run that diverges must end with its own error, not with that of a picture.
+    target, predicted = (torch.nan_to_num(f, posinf=0.0, neginf=0.0) for f in (target, predicted))
     flat = target.flatten(0, -2)  # (B*M*c*c, d)
     center = flat.mean(0)
     _, _, axes = torch.linalg.svd(flat - center, full_matrices=False)

@@ -120,8 +120,10 @@ class WorkerSession:
         return {**outcome, "faults": self._faults}
 
     def close(self) -> None:
-        """Deliver what is left to the tracking server."""
+        """Finish what goes on beside training, also after an error in it."""
+        self.checkpointer.wait()
         if self._tracker is not None:
+            self._note_checkpoints()
             self._tracker.close()
 
     def _batches_from(self, step: int) -> Iterable[Batch]:

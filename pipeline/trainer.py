@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.25
 _STOP_GRACE_S = 60.0
 _CLEANER_TIMEOUT_S = 0.5
+_MOST_RESTARTS = 1000  # a backstop, for workers that cannot even reach the logbook
 
 
 class RunFailedError(RuntimeError):
@@ -147,7 +148,7 @@ def _fit(
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(folder.path / "ray"),
             # When to give up is the logbook's business: Ray would count every worker ever lost.
-            failure_config=ray.train.FailureConfig(max_failures=-1),
+            failure_config=ray.train.FailureConfig(max_failures=_MOST_RESTARTS),
         ),
     )
     result: dict[str, Any] = {}

@@ -163,3 +163,13 @@ def test_reconstruction_of_raw_pixels_borrows_nothing_from_hidden_patches() -> N
     images = normalized(crops)
     changed = torch.where(hidden_pixels(mask), images + 1.0, images)
     assert torch.equal(reconstruct(model, changed, mask), reconstruct(model, images, mask))
+
+
+def test_crops_of_one_colour_give_a_finite_ratio_although_guessing_is_perfect() -> None:
+    model, teacher = debug_networks()
+    _, mask = debug_crops(4)
+    evaluation = PretrainEvaluation(model, teacher, STD)
+    evaluation.add(torch.zeros(4, 3, 64, 64), mask)
+    metrics = evaluation.result()
+    assert metrics["val/baseline_position_mean"] == 0
+    assert all(np.isfinite(value) for value in metrics.values())

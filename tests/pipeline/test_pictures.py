@@ -96,3 +96,15 @@ def test_feature_columns_agree_where_the_prediction_is_the_target() -> None:
     picture = draw(model, full, crops, mask)
     # Both columns go through the same projection; float32 rounding may turn one level.
     assert np.abs(tiles(picture, 3) - tiles(picture, 4)).max() <= 1
+
+
+def test_a_picture_of_a_model_that_diverged_is_drawn_all_the_same() -> None:
+    model, teacher = debug_networks()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float("nan"))
+        for p in teacher.backbone.parameters():
+            p.fill_(float("nan"))
+    crops, mask = debug_crops(ROWS)
+    picture = draw(model, teacher, crops, mask)
+    assert tiles(picture, 0).max() > 0
