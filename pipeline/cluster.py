@@ -11,6 +11,8 @@ import contextlib
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,24 +79,37 @@ def joined_cluster(private_cpus: int) -> Iterator[None]:
         os.environ.setdefault(key, value)
     # Workers import `models` and `pipeline` from here, however the job was started.
     runtime_env = {"env_vars": {**QUIET_ENV, "PYTHONPATH": _python_path()}}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
-    else:
-        for key, value in PRIVATE_ENV.items():
-            os.environ.setdefault(key, value)
-        ray.init(
-            address="local",
-            num_cpus=private_cpus,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env=runtime_env,
-        )
+    with _signal_handlers_kept():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        else:
+            for key, value in PRIVATE_ENV.items():
+                os.environ.setdefault(key, value)
+            ray.init(
+                address="local",
+                num_cpus=private_cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=runtime_env,
+            )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Take SIGTERM back from `ray.init`: its handlers end a driver at once, with nothing saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _check_resources(config: PretrainConfig) -> None:
