@@ -150,6 +150,7 @@ def test_workers_together_see_exactly_the_samples_crops_and_masks_of_one(
             assert batches[1][position] == expected
 
 
+@pytest.mark.faults
 def test_a_run_over_bad_data_ends_well_and_lists_them_in_its_folder_and_mlflow(
     debug_config: PretrainConfig, tmp_path: Path
 ):

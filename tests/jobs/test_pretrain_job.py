@@ -55,6 +55,7 @@ def _job_env() -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_ctrl_c_keeps_a_checkpoint_marks_the_run_killed_and_leaves_no_process(
     image_folder: Path, tmp_path: Path
 ):
