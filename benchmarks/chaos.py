@@ -54,7 +54,7 @@ def main() -> None:
             calm.start()
             assert calm.wait(_TIMEOUT_S * 4) == 0, calm.output.read_text()[-4000:]
         verdict = compare(calm, stormy)
-        print(json.dumps({"kills": len(kills), "kinds": kills, **verdict}))
+        print(json.dumps({"kills": sum(kills.values()), "kinds": kills, **verdict}))
 
 
 def _settings(storage: Path, num_steps: int) -> list[str]:
