@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ class Checkpointer:
         keep_every_steps: checkpoints of multiples of this step are kept for good; 0: none.
         facts: strings stored in the manifest and in the safetensors header (model, config hash,
             ...).
+        warn: told of damaged checkpoints that are passed over, and of old ones that stay.
     """
 
     def __init__(
@@ -67,11 +69,13 @@ class Checkpointer:
         keep: int,
         keep_every_steps: int = 0,
         facts: dict[str, str],
+        warn: Callable[[str], None] = logger.warning,
     ) -> None:
         self.location = str(location)
         self.keep = keep
         self.keep_every_steps = keep_every_steps
         self.facts = facts
+        self._warn = warn
         self._filesystem, self._root = storage.resolve(self.location)
         self._is_local = storage.is_local(self._filesystem)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -122,8 +126,7 @@ class Checkpointer:
                 problem = f"{type(error).__name__}: {error}"
             if problem is None:
                 return folder
-            where = f"{self.location}/{_name(step)}"
-            logger.warning("checkpoint %s is passed over: %s", where, problem)
+            self._warn(f"checkpoint {self.location}/{_name(step)} is passed over: {problem}")
         return None
 
     def fetch(self, step: int) -> Path:
@@ -225,7 +228,7 @@ class Checkpointer:
         try:
             self._prune(written)
         except Exception as error:
-            logger.warning("old checkpoints in %s stay: %s", self.location, _one_line(error))
+            self._warn(f"old checkpoints in {self.location} stay: {_one_line(error)}")
 
     def _prune(self, written: int) -> None:
         steps = self._steps()

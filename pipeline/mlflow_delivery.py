@@ -247,9 +247,8 @@ class _SystemSampler:
     def start(self) -> None:
         """Start sampling; without any sensor it warns and samples nothing."""
         try:
-            sensors = (
-                _sensors()
-            )  # not in the thread: two importing mlflow at a time meet half of it
+            # Not in the thread: two that import mlflow at a time meet half of it.
+            sensors = _sensors()
         except Exception as error:
             logger.warning("no system metrics: %s", error)
             return

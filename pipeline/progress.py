@@ -7,7 +7,6 @@ terminal and plain lines elsewhere.
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import Any
 
 import ray
@@ -80,12 +79,7 @@ class ProgressDisplay:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def show(self, step: int, metrics: dict[str, float]) -> None:

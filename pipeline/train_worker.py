@@ -6,9 +6,11 @@ images) are returned, not raised. Raised, Ray Train would restart the workers an
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
@@ -32,6 +34,8 @@ from pipeline.quarantine import (
 )
 from pipeline.run_folder import RunFolder
 from pipeline.train_state import Worker
+
+logger = logging.getLogger(__name__)
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +74,8 @@ class WorkerSession:
         self.config = config_from_dict(PretrainConfig, job["config"])
         self.folder = RunFolder(self.config)
         self.logbook = Logbook(self.folder.events_file)
-        self.checkpointer = run_checkpointer(self.config, self.folder, job["mlflow"]["run_id"])
+        run_id = job["mlflow"]["run_id"]
+        self.checkpointer = run_checkpointer(self.config, self.folder, run_id, warn=self._say)
         self.postscript = ""
         """What to add to the message of an error that ends the run."""
         self._tracker: tracking.Tracker | None = None
@@ -117,7 +122,7 @@ class WorkerSession:
                 f"{self._failed.error}; the newest one before it is kept in "
                 f"{self.checkpointer.location}. Make room, and the same command resumes from it"
             }
-        return {**outcome, "faults": self._faults}
+        return outcome
 
     def close(self) -> None:
         """Finish what goes on beside training, also after an error in it."""
@@ -244,21 +249,30 @@ class WorkerSession:
         """Leave a dump that replays under nonfinite/."""
         folder = self.folder.non_finite_dumps
         writer = Checkpointer(folder, keep=1, facts=self.checkpointer.facts)
-        encoder = {k: v for k, v in dump["model"].items() if k.startswith("encoder.")}
+        prefix = "encoder."
+        encoder = {
+            k.removeprefix(prefix): v for k, v in dump["model"].items() if k.startswith(prefix)
+        }
         writer.save(dump["step"], dump, encoder)
         writer.wait()
         if (failed := writer.finished()[-1].error) is not None:
             self.postscript = f". The dump was not written: {failed}"
             return
         path = writer.fetch(dump["step"])
-        (path / "streak.json").write_text(json.dumps(dump["streak"], indent=1))
+        with contextlib.suppress(OSError):  # to read by eye; the state holds it, too
+            (path / "streak.json").write_text(json.dumps(dump["streak"], indent=1))
         self.postscript = f". To look into it: python -m jobs.replay {path}"
 
     def _say(self, text: str) -> None:
         self.job["board"].say.remote(text)
 
 
-def run_checkpointer(config: PretrainConfig, folder: RunFolder, mlflow_run_id: str) -> Checkpointer:
+def run_checkpointer(
+    config: PretrainConfig,
+    folder: RunFolder,
+    mlflow_run_id: str,
+    warn: Callable[[str], None] = logger.warning,
+) -> Checkpointer:
     """The checkpoints of a run."""
     run = config.run
     facts = {
@@ -273,4 +287,5 @@ def run_checkpointer(config: PretrainConfig, folder: RunFolder, mlflow_run_id: s
         keep=run.keep_checkpoints,
         keep_every_steps=run.keep_every_steps,
         facts=facts,
+        warn=warn,
     )

@@ -136,6 +136,15 @@ def test_damaged_checkpoint_is_passed_over_with_a_warning(
     assert load_state(older)["step"] == 1
 
 
+def test_whoever_owns_the_checkpoints_is_told_of_a_damaged_one(tmp_path: Path) -> None:
+    """A worker's log reaches nobody: it passes the words on to the driver's terminal."""
+    said: list[str] = []
+    checkpointer = Checkpointer(tmp_path / "checkpoints", keep=2, facts={}, warn=said.append)
+    truncate(save(checkpointer, 1) / STATE_FILE)
+    assert checkpointer.latest() is None
+    assert len(said) == 1 and "step_00000001 is passed over: state.pt has" in said[0]
+
+
 def test_warning_about_changed_content_does_not_call_equal_sizes_different(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
