@@ -20,7 +20,7 @@ from models.mfm import normalize_features
 from models.pretraining import PretrainingModel
 from models.teacher import EMATeacher
 from models.tokens import gather_tokens, patchify, split_tokens, unpatchify
-from pipeline.evaluate import reconstruct
+from pipeline.pretrain_evaluation import reconstruct
 
 PICTURE_STRIDE = 8  # 2x2 colours a token: finer than stage 16, less noisy than stage 4
 _GREY = 0.75

@@ -26,11 +26,11 @@ from models.teacher import EMATeacher
 from models.tokens import split_tokens
 from pipeline.checkpoint import Checkpointer
 from pipeline.config import PretrainConfig
-from pipeline.evaluate import PretrainEvaluation
 from pipeline.metrics import Meter, peak_memory_gib
 from pipeline.nonfinite import NonFiniteGuard, NonFiniteLossError, non_finite_message
 from pipeline.optim import set_lr
 from pipeline.pictures import reconstruction_picture
+from pipeline.pretrain_evaluation import PretrainEvaluation
 from pipeline.quarantine import BadSample, check_bad_fraction
 from pipeline.schedules import teacher_momentum, warmup_cosine
 from pipeline.train_state import TrainState, Worker, max_over_workers, share_quarantine

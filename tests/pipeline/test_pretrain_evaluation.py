@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.pretraining import PretrainingModel
 from models.teacher import EMATeacher
-from pipeline.evaluate import PretrainEvaluation, reconstruct
+from pipeline.pretrain_evaluation import PretrainEvaluation, reconstruct
 from tests.pipeline.samples import MEAN, STD, debug_crops, debug_networks, normalized
 
 Array = NDArray[np.float64]

@@ -1,0 +1,1 @@
+"""The three downstream tasks: their samples, losses, predictions and scores."""
