@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from pipeline.config import ConfigT
+from pipeline.config_values import ConfigT
 
 
 def parse_recipe_command(

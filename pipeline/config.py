@@ -1,26 +1,21 @@
-"""Configuration of a pre-training run: frozen dataclasses, dotted overrides, plain dicts.
+"""Configuration of a run: frozen dataclasses, what every run has and what pre-training adds.
 
-One set of dotted keys serves the command line (`--optim.base-lr 3e-4`), Tune's search spaces and
-tests (`apply_overrides(config, {"optim.base_lr": 3e-4})`). Surprising: the global batch is the
-contract. Workers and micro-batches only decide how it is computed, never what it holds.
+Surprising: the global batch is the contract. Workers and micro-batches only decide how it is
+computed, never what it holds. Fine-tuning adds its own in `finetune_config.py`; dotted overrides
+and plain dicts are in `config_values.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import hashlib
-import json
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Literal
 
 import tyro
 
 from models.variants import get_variant
 
 PATCH_SIZE = 16
-ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,11 +64,11 @@ class RunConfig:
         if self.seed < 0:
             raise ValueError(f"run.seed={self.seed} must be 0 or more")
         for key in ("log", "checkpoint", "evaluate", "picture"):
-            _require_positive(f"run.{key}_every_steps", getattr(self, f"{key}_every_steps"))
-        _require_positive("run.keep_checkpoints", self.keep_checkpoints)
+            require_positive(f"run.{key}_every_steps", getattr(self, f"{key}_every_steps"))
+        require_positive("run.keep_checkpoints", self.keep_checkpoints)
         for key in ("checkpoint_every_minutes", "keep_every_steps", "max_failures"):
-            _require_not_negative(f"run.{key}", getattr(self, key))
-        _require_choice("run.on_checkpoint_error", self.on_checkpoint_error, ("continue", "stop"))
+            require_not_negative(f"run.{key}", getattr(self, key))
+        require_choice("run.on_checkpoint_error", self.on_checkpoint_error, ("continue", "stop"))
         path = self.checkpoint_path
         if path and not path.startswith("/") and "://" not in path:
             raise ValueError(
@@ -83,17 +78,14 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Images and how a sample is made of them."""
+class SampleConfig:
+    """Images and how a sample is made of them, in any run."""
 
     path: str
     """Prepared data set, folder of images (searched recursively) or Parquet of encoded images;
     local, or a URI such as s3://bucket/folder."""
     val_path: str = ""
     """Same, for held-out evaluation crops; empty: crops of the training images never trained on."""
-    image_column: str = "image"
-    """Column of Parquet files without a manifest that holds the encoded bytes, plain or in a
-    Hugging Face {bytes, path} struct."""
     image_size: int = 224
     """Side of a crop in pixels, a multiple of 16."""
     global_batch_size: int = 4096
@@ -108,8 +100,6 @@ class DataConfig:
     """Channel means in [0, 1] for normalising on the device."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Channel deviations in [0, 1] for normalising on the device."""
-    num_eval_crops: int = 1024
-    """Held-out crops an evaluation looks at."""
     num_cpus: int = 2
     """Logical CPUs kept for decoding, over all workers; at least one per training worker."""
     prefetch_batches: int = 4
@@ -119,14 +109,8 @@ class DataConfig:
     decoding process holds in memory of them, encoded."""
     max_bad_fraction: float = 0.01
     """Share of bad samples above which the run stops."""
-    synthetic: bool = False
-    """Feed the same random pixels again and again: how fast training is when data cost nothing."""
 
     def __post_init__(self) -> None:
-        if not self.path and not self.synthetic:
-            raise ValueError(
-                "data.path is empty; give a folder of images or Parquet: --data.path DIR"
-            )
         if self.image_size % PATCH_SIZE or self.image_size <= 0:
             near = max(PATCH_SIZE, round(self.image_size / PATCH_SIZE) * PATCH_SIZE)
             raise ValueError(
@@ -141,16 +125,34 @@ class DataConfig:
             raise ValueError(
                 f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]; use 0.01"
             )
-        for key in (
-            *("global_batch_size", "num_cpus", "num_eval_crops"),
-            *("prefetch_batches", "shuffle_window"),
-        ):
-            _require_positive(f"data.{key}", getattr(self, key))
+        for key in ("global_batch_size", "num_cpus", "prefetch_batches", "shuffle_window"):
+            require_positive(f"data.{key}", getattr(self, key))
 
     @property
     def num_patches(self) -> int:
         """Tokens of an image."""
         return (self.image_size // PATCH_SIZE) ** 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(SampleConfig):
+    """Images and how a sample of pre-training is made of them."""
+
+    image_column: str = "image"
+    """Column of Parquet files without a manifest that holds the encoded bytes, plain or in a
+    Hugging Face {bytes, path} struct."""
+    num_eval_crops: int = 1024
+    """Held-out crops an evaluation looks at."""
+    synthetic: bool = False
+    """Feed the same random pixels again and again: how fast training is when data cost nothing."""
+
+    def __post_init__(self) -> None:
+        if not self.path and not self.synthetic:
+            raise ValueError(
+                "data.path is empty; give a folder of images or Parquet: --data.path DIR"
+            )
+        SampleConfig.__post_init__(self)  # not super(): slots make a new class of this one
+        require_positive("data.num_eval_crops", self.num_eval_crops)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,9 +192,9 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.mfm_weight={self.mfm_weight} must be >= 0; 0 turns MFM off"
             )
-        _require_choice("objective.mask_type", self.mask_type, ("random", "block"))
-        _require_choice("objective.mfm_loss", self.mfm_loss, ("mse", "smooth_l1"))
-        _require_choice("objective.teacher_input", self.teacher_input, ("hidden", "full"))
+        require_choice("objective.mask_type", self.mask_type, ("random", "block"))
+        require_choice("objective.mfm_loss", self.mfm_loss, ("mse", "smooth_l1"))
+        require_choice("objective.teacher_input", self.teacher_input, ("hidden", "full"))
         if not 0 <= self.teacher_momentum <= 1:
             raise ValueError(
                 f"objective.teacher_momentum={self.teacher_momentum} must lie in [0, 1]; use 0.996"
@@ -235,9 +237,9 @@ class OptimConfig:
             raise ValueError(f"optim.warmup_ratio={self.warmup_ratio} must lie in [0, 1)")
         for key in ("lr", "base_lr", "num_epochs", "num_steps"):
             if (value := getattr(self, key)) is not None:
-                _require_positive(f"optim.{key}", value)
+                require_positive(f"optim.{key}", value)
         for key in ("clip_grad_norm", "max_skipped_steps"):
-            _require_not_negative(f"optim.{key}", getattr(self, key))
+            require_not_negative(f"optim.{key}", getattr(self, key))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,15 +268,15 @@ class ScalingConfig:
                 f"scaling.num_workers={given} must be a whole number, or two: the fewest and the "
                 "most workers"
             )
-        _require_positive("scaling.num_workers", self.min_workers)
+        require_positive("scaling.num_workers", self.min_workers)
         if self.min_workers > self.max_workers:
             raise ValueError(
                 f"scaling.num_workers={self.num_workers}: the first number, the fewest workers, "
                 "must not exceed the second, the most"
             )
-        _require_positive("scaling.resize_check_s", self.resize_check_s)
-        _require_positive("scaling.cpus_per_worker", self.cpus_per_worker)
-        _require_positive("scaling.max_batch_size_per_worker", self.max_batch_size_per_worker)
+        require_positive("scaling.resize_check_s", self.resize_check_s)
+        require_positive("scaling.cpus_per_worker", self.cpus_per_worker)
+        require_positive("scaling.max_batch_size_per_worker", self.max_batch_size_per_worker)
 
     @property
     def min_workers(self) -> int:
@@ -302,13 +304,11 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainConfig:
-    """A complete pre-training run."""
+class TrainingConfig:
+    """What every run has, and the arithmetic of its batches."""
 
     run: RunConfig
-    data: DataConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: SampleConfig
     optim: OptimConfig
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -322,21 +322,16 @@ class PretrainConfig:
                 f"data.global_batch_size={batch} is not divisible by "
                 f"scaling.num_workers={workers}; use {' or '.join(options)}"
             )
-        if self.data.num_eval_crops < workers:
-            raise ValueError(
-                f"data.num_eval_crops={self.data.num_eval_crops} leaves some of "
-                f"scaling.num_workers={workers} without a crop; use at least {workers}"
-            )
-        if self.num_visible < 1:
-            raise ValueError(
-                f"objective.mask_ratio={self.objective.mask_ratio} leaves no visible patch of the "
-                f"{self.data.num_patches} of a {self.data.image_size}-pixel image; lower it"
-            )
 
     @property
-    def num_visible(self) -> int:
-        """Visible patches per image, rounded down as the official code does."""
-        return int(self.data.num_patches * (1 - self.objective.mask_ratio))
+    def model_name(self) -> str:
+        """The variant that is trained."""
+        raise NotImplementedError
+
+    @property
+    def sample_bytes(self) -> int:
+        """About what a decoded sample takes, in bytes."""
+        return 3 * self.data.image_size**2
 
     @property
     def batch_size_per_worker(self) -> int:
@@ -372,87 +367,52 @@ class PretrainConfig:
         return max(1, math.floor(self.optim.num_epochs * num_samples / self.data.global_batch_size))
 
 
-def _require_positive(key: str, value: float) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig(TrainingConfig):
+    """A complete pre-training run."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    def __post_init__(self) -> None:
+        TrainingConfig.__post_init__(self)
+        workers = self.scaling.max_workers
+        if self.data.num_eval_crops < workers:
+            raise ValueError(
+                f"data.num_eval_crops={self.data.num_eval_crops} leaves some of "
+                f"scaling.num_workers={workers} without a crop; use at least {workers}"
+            )
+        if self.num_visible < 1:
+            raise ValueError(
+                f"objective.mask_ratio={self.objective.mask_ratio} leaves no visible patch of the "
+                f"{self.data.num_patches} of a {self.data.image_size}-pixel image; lower it"
+            )
+
+    @property
+    def model_name(self) -> str:
+        """The variant that is trained."""
+        return self.model.name
+
+    @property
+    def num_visible(self) -> int:
+        """Visible patches per image, rounded down as the official code does."""
+        return int(self.data.num_patches * (1 - self.objective.mask_ratio))
+
+
+def require_positive(key: str, value: float) -> None:
+    """A ValueError unless the value of a setting is above 0."""
     if not value > 0:
         raise ValueError(f"{key}={value} must be greater than 0")
 
 
-def _require_not_negative(key: str, value: float) -> None:
+def require_not_negative(key: str, value: float) -> None:
+    """A ValueError if the value of a setting is below 0."""
     if not value >= 0:
         raise ValueError(f"{key}={value} must be 0 or more")
 
 
-def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """A ValueError unless the value of a setting is one of the choices."""
     if value not in choices:
         raise ValueError(f"{key}='{value}' must be one of {', '.join(choices)}")
-
-
-def config_to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dict (tuples become lists), as JSON, checkpoints and MLflow hold it."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return plain
-
-
-def config_from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """The inverse of `config_to_dict`; validates like any construction."""
-    hints = get_type_hints(cls)
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise ValueError(_unknown_key(key, list(hints)))
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
-            value = config_from_dict(hints[key], value)
-        elif isinstance(value, list):  # JSON knows no tuples, configs no lists
-            value = tuple(value)
-        arguments[key] = value
-    return cls(**arguments)
-
-
-def flatten_config(config: Any) -> dict[str, Any]:
-    """Dotted keys -> values: {"optim.base_lr": 1.5e-4, ...}."""
-    flat: dict[str, Any] = {}
-    for section, values in config_to_dict(config).items():
-        flat |= {f"{section}.{key}": value for key, value in values.items()}
-    return flat
-
-
-def apply_overrides(config: ConfigT, overrides: dict[str, Any]) -> ConfigT:
-    """A copy with dotted keys replaced.
-
-    Raises:
-        ValueError: unknown key (names the nearest real one) or an invalid value.
-    """
-    values = config_to_dict(config)
-    known = flatten_config(config)
-    for key, value in overrides.items():
-        if key not in known:
-            raise ValueError(_unknown_key(key, list(known)))
-        section, name = key.split(".", 1)
-        values[section][name] = value
-    return config_from_dict(type(config), values)
-
-
-def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Readable differences of two config dicts; settings that cannot change results are ignored."""
-    ignored = {
-        *("run.dry_run", "run.allow_config_change", "run.storage_path", "run.max_failures"),
-        *("run.keep_checkpoints", "run.keep_every_steps", "run.checkpoint_every_minutes"),
-        *("run.on_checkpoint_error", "scaling.resize_check_s", "scaling.worker_resource"),
-    }
-    flat = [{f"{s}.{k}": v for s, d in c.items() for k, v in d.items()} for c in (old, new)]
-    keys = sorted((set(flat[0]) | set(flat[1])) - ignored)
-    missing = "<absent>"
-    pairs = [(k, flat[0].get(k, missing), flat[1].get(k, missing)) for k in keys]
-    return [f"{k}: {a!r} -> {b!r}" for k, a, b in pairs if a != b]
-
-
-def config_hash(config: Any) -> str:
-    """Short digest of everything in the config."""
-    text = json.dumps(config_to_dict(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _unknown_key(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"unknown setting '{key}'{hint} Known: {', '.join(known)}"

@@ -14,7 +14,8 @@ import torch
 from mlflow import MlflowClient
 
 from pipeline import tracking
-from pipeline.config import PretrainConfig, config_to_dict
+from pipeline.config import PretrainConfig
+from pipeline.config_values import config_to_dict
 from pipeline.data import SyntheticBatches
 from pipeline.datasets import DataSets
 from pipeline.pretrain import forward_backward, to_device

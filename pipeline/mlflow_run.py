@@ -13,7 +13,8 @@ import time
 
 from pipeline import tracking
 from pipeline.cluster import REPO_ROOT
-from pipeline.config import PretrainConfig, flatten_config
+from pipeline.config import PretrainConfig
+from pipeline.config_values import flatten_config
 from pipeline.reproducibility import environment, git_commit
 from pipeline.run_folder import RunFolder
 from pipeline.train_worker import run_checkpointer

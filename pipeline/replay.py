@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint import STATE_FILE, load_state, problem_of
-from pipeline.config import PretrainConfig, config_from_dict
+from pipeline.config import PretrainConfig
+from pipeline.config_values import config_from_dict
 from pipeline.data import Batch, Draws, SampleFactory, micro_batches, sample_stream
 from pipeline.pretrain import forward_backward, sample_weights, to_device
 from pipeline.sources import build_index

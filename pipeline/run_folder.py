@@ -15,7 +15,8 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.checkpoint import ENCODER_FILE
-from pipeline.config import PretrainConfig, config_diff, config_to_dict
+from pipeline.config import PretrainConfig
+from pipeline.config_values import config_diff, config_to_dict
 from pipeline.quarantine import QUARANTINE_FILE
 
 

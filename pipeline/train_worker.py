@@ -20,7 +20,8 @@ import ray.train.torch
 
 from pipeline import tracking
 from pipeline.checkpoint import Checkpointer, Saved
-from pipeline.config import PretrainConfig, config_from_dict, config_hash
+from pipeline.config import PretrainConfig
+from pipeline.config_values import config_from_dict, config_hash
 from pipeline.data import SampleFactory, SyntheticBatches, TrainingBatches
 from pipeline.logbook import Logbook, fault_metrics, give_up_message
 from pipeline.nonfinite import NonFiniteLossError

@@ -17,11 +17,8 @@ import ray.train
 import ray.train.torch
 
 from pipeline.cluster import cluster
-from pipeline.config import (
-    PretrainConfig,
-    apply_overrides,
-    config_to_dict,
-)
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides, config_to_dict
 from pipeline.datasets import DataSets
 from pipeline.logbook import Logbook, fault_metrics
 from pipeline.mlflow_run import MlflowRun

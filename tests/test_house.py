@@ -13,9 +13,9 @@ from tests.conftest import REPO_ROOT
 
 SOURCES = [p for room in ("models", "pipeline", "jobs") for p in (REPO_ROOT / room).rglob("*.py")]
 PURE_PIPELINE = set(
-    """config recipes transforms masking optim schedules metrics checkpoint pretrain_evaluation reproducibility
-    pretrain pictures sampling sources run_folder demo_data storage shards quarantine decoding
-    reading""".split()  # noqa: SIM905
+    """config recipes transforms masking optim schedules metrics checkpoint reproducibility
+    pretrain_evaluation pretrain pictures sampling sources run_folder demo_data storage shards
+    quarantine decoding reading""".split()  # noqa: SIM905
 )
 ALLOWED_IN_MODELS = {"models", "torch", "torchvision", "timm", "safetensors"}
 

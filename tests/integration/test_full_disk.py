@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides
 from pipeline.logbook import Logbook
 from pipeline.run_folder import RunFolder
 from pipeline.trainer import RunFailedError, run_pretraining

@@ -19,7 +19,8 @@ import pytest
 import requests
 from mlflow import MlflowClient
 
-from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides
 from pipeline.metrics_file import read_records
 from pipeline.run_folder import RunFolder
 from pipeline.trainer import RunFailedError, run_pretraining

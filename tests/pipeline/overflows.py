@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.checkpoint import Checkpointer
-from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides
 from pipeline.data import Batch
 from pipeline.recipes import debug
 from pipeline.run_folder import RunFolder

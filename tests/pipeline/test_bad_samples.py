@@ -13,7 +13,8 @@ from torch import Tensor, multiprocessing
 
 from pipeline import reading, storage
 from pipeline.checkpoint import load_state
-from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides
 from pipeline.data import Batch, Draws, SampleFactory
 from pipeline.pretrain import (
     TrainState,

@@ -8,7 +8,8 @@ import re
 import pytest
 
 from pipeline.cli import parse_recipe_command
-from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides
 from pipeline.recipes import PRETRAIN_RECIPES, debug, get_recipe
 
 

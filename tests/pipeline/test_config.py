@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import (
-    PretrainConfig,
+from pipeline.config import PretrainConfig
+from pipeline.config_values import (
     apply_overrides,
     config_diff,
     config_from_dict,

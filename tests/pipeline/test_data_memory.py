@@ -15,7 +15,7 @@ from tests.pipeline.samples import encode, noise_image, write_files, write_prepa
 READER = """
 import sys
 import numpy as np
-from pipeline.config import apply_overrides
+from pipeline.config_values import apply_overrides
 from pipeline.data import SampleFactory, micro_batches, sample_stream
 from pipeline.recipes import debug
 from pipeline.sources import build_index

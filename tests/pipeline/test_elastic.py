@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides
 from pipeline.data import SampleFactory, micro_batches, sample_stream
 from pipeline.pretrain import forward_backward, to_device
 from pipeline.recipes import debug

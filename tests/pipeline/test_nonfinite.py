@@ -11,7 +11,8 @@ import torch
 from torch import multiprocessing
 
 from pipeline.checkpoint import load_state
-from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides
 from pipeline.data import Batch
 from pipeline.nonfinite import NonFiniteLossError
 from pipeline.replay import replay

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import ENCODER_FILE, STATE_FILE, load_state
-from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides
 from pipeline.nonfinite import NonFiniteLossError
 from pipeline.replay import ReplayedStep, replay, replay_report
 from tests.pipeline.loop import LocalRun

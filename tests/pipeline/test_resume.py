@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint import load_state
-from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides
 from pipeline.data import Batch
 from pipeline.recipes import debug
 from tests.pipeline.loop import LocalRun

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PretrainConfig, apply_overrides, config_from_dict
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides, config_from_dict
 from pipeline.run_folder import RunFolder
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from pipeline.config import PretrainConfig, apply_overrides, config_to_dict
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides, config_to_dict
 from pipeline.mlflow_run import MlflowRun
 from pipeline.quarantine import BadSample, read_quarantine
 from pipeline.run_folder import RunFolder

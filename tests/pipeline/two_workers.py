@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import apply_overrides
+from pipeline.config_values import apply_overrides
 from pipeline.pretrain import TrainState, Worker, loss_metrics, share_quarantine
 from pipeline.quarantine import BadSample
 from pipeline.recipes import debug
