@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from pipeline.checkpoint import Checkpointer, Saved
-from pipeline.config import apply_overrides
+from pipeline.config_values import apply_overrides
 from pipeline.data import Batch, SyntheticBatches
 from pipeline.pretrain import Hooks, pretrain
 from pipeline.recipes import demo

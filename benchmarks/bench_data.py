@@ -38,7 +38,8 @@ from PIL import Image
 from ray._private.internal_api import node_stats
 
 from pipeline.cluster import cluster
-from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides
 from pipeline.data import TrainingBatches
 from pipeline.demo_data import write_demo_photos
 from pipeline.prepare.job import prepare

@@ -23,7 +23,8 @@ import torch
 
 import pipeline.data
 from pipeline.cluster import cluster
-from pipeline.config import PretrainConfig, apply_overrides
+from pipeline.config import PretrainConfig
+from pipeline.config_values import apply_overrides
 from pipeline.data import SyntheticBatches, TrainingBatches
 from pipeline.demo_data import write_demo_photos
 from pipeline.pretrain import TrainState, forward_backward, to_device

@@ -4,18 +4,21 @@ Each training worker reads its own Ray dataset of *steps*: one task reads, decod
 the worker's share of a few steps and yields uint8 micro-batches. Surprising: the data set is not
 split by Ray. Which samples a worker gets follows from (seed, step, rank), so the global batch is
 the same at any worker count and a run starts at any step without replaying one.
+
+What a sample is, its maker says: `SampleFactory` here for pre-training, `downstream/samples.py` for
+fine-tuning.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import ray
@@ -23,7 +26,7 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from pipeline.config import PATCH_SIZE, PretrainConfig
+from pipeline.config import PATCH_SIZE, PretrainConfig, TrainingConfig
 from pipeline.decoding import BadImageError
 from pipeline.masking import make_mask, random_mask
 from pipeline.quarantine import BadSample
@@ -34,13 +37,13 @@ from pipeline.sources import Index
 from pipeline.transforms import random_resized_crop
 
 Batch = dict[str, NDArray[Any]]
-"""image (B, S, S, 3) uint8, mask (B, N) bool, position and row (B,) int64, bad (B,) str: the JSON
-of a `BadSample`, or empty."""
+"""position and row (B,) int64, bad (B,) str: the JSON of a `BadSample`, or empty; and what the
+maker of the samples adds, in pre-training image (B, S, S, 3) uint8 and mask (B, N) bool."""
 
 _SAMPLES_PER_TASK = 512  # long enough to hide what starting a task costs, short enough to balance
 _TASKS_PER_DATASET = 1024  # a new dataset costs about a second; this many tasks last minutes
 _MAX_SUBSTITUTES = 16
-_CPUS_PER_TASK = 0.66  # three tasks on two CPUs: while one waits for its turn, the others work
+CPUS_PER_TASK = 0.66  # three tasks on two CPUs: while one waits for its turn, the others work
 _BRIDGE_SAMPLES = 128
 _MIN_BLOCK_BYTES = 4 * 2**20  # small micro-batches share an object; it costs about 1 ms
 _EXECUTOR_REST_S = 0.02
@@ -53,6 +56,23 @@ class Draws(NamedTuple):
     """Places in the endless stream of samples."""
     epochs: NDArray[np.int64]
     rows: NDArray[np.int64]
+
+
+class SampleMaker(Protocol):
+    """Makes the samples of one data set."""
+
+    @property
+    def reader(self) -> SampleReader:
+        """Where their bytes come from."""
+        ...
+
+    def batch(self, draws: Draws) -> Batch:
+        """Samples of a micro-batch; bad ones are described in `bad`."""
+        ...
+
+
+MakerBuilder = Callable[[Any, Index], SampleMaker]
+"""Builds the maker of a run's samples from (config, index); pickled by reference."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +96,7 @@ class SampleFactory:
             StorageUnavailableError: reading failed again and again.
         """
         data, seed = self.config.data, self.config.run.seed
-        sample_id, encoded = self.reader.read(row)
+        sample_id, encoded, _ = self.reader.read(row)
         pixels = random_resized_crop(
             encoded,
             sample_generator(seed, epoch, sample_id, "crop"),
@@ -107,7 +127,7 @@ class SampleFactory:
             except (BadImageError, UnreadableSampleError) as error:
                 images[i] = 0
                 masks[i] = self._mask(epoch, 0)  # any will do: the sample weighs nothing
-                bad[i] = self._describe(row, error)
+                bad[i] = describe_bad(self.reader, row, error)
         return {
             "position": draws.positions,
             "row": draws.rows,
@@ -115,11 +135,6 @@ class SampleFactory:
             "mask": masks,
             "bad": np.array(bad),
         }
-
-    def _describe(self, row: int, error: ValueError) -> str:
-        is_read = isinstance(error, BadImageError)
-        sample_id = self.reader.read(row).sample_id if is_read else self.reader.sample_id(row)
-        return json.dumps(BadSample.of(self.reader.location(row), sample_id, error))
 
     def evaluation_batch(self, rank: int = 0, world_size: int = 1) -> Batch:
         """This worker's share of the held-out crops: fixed, and never drawn in training.
@@ -153,8 +168,15 @@ class SampleFactory:
         raise ValueError(f"{tries} images in a row are bad, last {problem}; mend the data set")
 
 
+def describe_bad(reader: SampleReader, row: int, error: ValueError) -> str:
+    """What `bad` of a batch says of a sample that could not be made."""
+    is_read = not isinstance(error, UnreadableSampleError)
+    sample_id = reader.read(row).sample_id if is_read else reader.sample_id(row)
+    return json.dumps(BadSample.of(reader.location(row), sample_id, error))
+
+
 def micro_batches(
-    stream: SampleStream, config: PretrainConfig, step: int, rank: int = 0, world_size: int = 1
+    stream: SampleStream, config: TrainingConfig, step: int, rank: int = 0, world_size: int = 1
 ) -> list[Draws]:
     """One worker's micro-batches of a step. Their samples do not depend on the number of workers,
     only who takes which."""
@@ -165,7 +187,7 @@ def micro_batches(
     return micros[mine.start : mine.stop]
 
 
-def sample_stream(config: PretrainConfig, index: Index) -> SampleStream:
+def sample_stream(config: TrainingConfig, index: Index) -> SampleStream:
     """The order of a run's training samples."""
     return SampleStream(config.run.seed, index.sizes, config.data.shuffle_window)
 
@@ -180,17 +202,19 @@ class TrainingBatches:
         world_size: workers there are.
         start_step: first step wanted.
         num_steps: step after the last.
+        build: makes the maker of the samples.
     """
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: TrainingConfig,
         index_ref: ray.ObjectRef,
         *,
         rank: int = 0,
         world_size: int = 1,
         start_step: int,
         num_steps: int,
+        build: MakerBuilder = SampleFactory.build,
     ) -> None:
         self.config = config
         self.index_ref = index_ref
@@ -198,7 +222,8 @@ class TrainingBatches:
         self.world_size = world_size
         self.start_step = start_step
         self.num_steps = num_steps
-        self.factory, self.stream = _factory(config, index_ref)
+        self.build = build
+        self.maker, self.stream = _maker(config, index_ref, build)
         self.micros_per_step = len(config.micro_batches_of(rank, world_size))
         share = self.micros_per_step * config.batch_size_per_worker
         self.steps_per_task = max(1, _SAMPLES_PER_TASK // share)
@@ -222,7 +247,7 @@ class TrainingBatches:
         head = starter.submit(next, batches, None)
         starter.shutdown(wait=False)
         for micro in self._micros(first, bridged):
-            yield self.factory.batch(micro)
+            yield self.maker.batch(micro)
         rest = chain([head.result()], batches) if bridged < last else ()
         for batch, expected in zip(rest, self._micros(bridged, last), strict=True):
             assert batch is not None, f"Ray Data ended before {expected.positions}"
@@ -251,7 +276,7 @@ class TrainingBatches:
         dataset = ray.data.range(num_tasks, override_num_blocks=num_tasks).map_batches(
             _load_steps,
             batch_size=None,
-            num_cpus=_CPUS_PER_TASK,
+            num_cpus=CPUS_PER_TASK,
             fn_kwargs={
                 "config": self.config,
                 "index_ref": [self.index_ref],  # in a list, so that Ray passes the reference itself
@@ -260,31 +285,34 @@ class TrainingBatches:
                 "first": first,
                 "last": last,
                 "steps_per_task": self.steps_per_task,
+                "build": self.build,
             },
         )
-        context = dataset.context
-        context.enable_progress_bars = False
-        # A micro-batch is a block, where it is large enough: cutting and joining would copy it.
-        micro_bytes = self.config.batch_size_per_worker * self.config.data.image_size**2 * 3
-        context.target_max_block_size = max(_MIN_BLOCK_BYTES, micro_bytes)
-        context.execution_options.preserve_order = True
-        context.custom_execution_callback_classes = [_LoopThrottle]
-        context.execution_options.resource_limits = self._limits(micro_bytes)
-        return dataset
-
-    def _limits(self, micro_bytes: int) -> ray.data.ExecutionResources:
-        """What this worker's executor may use: its share of the CPUs, and what its tasks make.
-
-        Every worker runs an executor of its own; none may take the CPUs or the memory of another.
-        """
-        config = self.config
-        cpus = max(1, config.data.num_cpus // self.world_size)
-        num_tasks = max(1, int(cpus / _CPUS_PER_TASK)) + 1  # and one that is being read
         micros_per_task = self.steps_per_task * self.micros_per_step
-        num_micros = num_tasks * micros_per_task + config.data.prefetch_batches
-        return ray.data.ExecutionResources.for_limits(
-            cpu=cpus, object_store_memory=num_micros * micro_bytes
-        )
+        return tuned(dataset, self.config, micros_per_task, self.world_size)
+
+
+def tuned(
+    dataset: ray.data.Dataset, config: TrainingConfig, micros_per_task: int, world_size: int
+) -> ray.data.Dataset:
+    """Settings of a worker's dataset: blocks in order, within the worker's share of the machine.
+
+    Every worker runs an executor of its own; none may take the CPUs or the memory of another.
+    """
+    context = dataset.context
+    context.enable_progress_bars = False
+    # A micro-batch is a block, where it is large enough: cutting and joining would copy it.
+    micro_bytes = config.batch_size_per_worker * config.sample_bytes
+    context.target_max_block_size = max(_MIN_BLOCK_BYTES, micro_bytes)
+    context.execution_options.preserve_order = True
+    context.custom_execution_callback_classes = [_LoopThrottle]
+    cpus = max(1, config.data.num_cpus // world_size)
+    num_tasks = max(1, int(cpus / CPUS_PER_TASK)) + 1  # and one that is being read
+    num_micros = num_tasks * micros_per_task + config.data.prefetch_batches
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        cpu=cpus, object_store_memory=num_micros * micro_bytes
+    )
+    return dataset
 
 
 class SyntheticBatches:
@@ -322,16 +350,17 @@ class _LoopThrottle(ExecutionCallback):
 def _load_steps(
     tasks: dict[str, NDArray[np.int64]],
     *,
-    config: PretrainConfig,
+    config: TrainingConfig,
     index_ref: list[ray.ObjectRef],
     rank: int,
     world_size: int,
     first: int,
     last: int,
     steps_per_task: int,
+    build: MakerBuilder,
 ) -> Iterator[Batch]:
     """Ray Data task: the worker's share of a few steps, one micro-batch at a time."""
-    factory, stream = _factory(config, index_ref[0])
+    maker, stream = _maker(config, index_ref[0], build)
     for task in tasks["id"].tolist():
         begin = first + task * steps_per_task
         micros = [
@@ -339,15 +368,15 @@ def _load_steps(
             for step in range(begin, min(begin + steps_per_task, last))
             for micro in micro_batches(stream, config, step, rank, world_size)
         ]
-        factory.reader.plan(np.concatenate([micro.rows for micro in micros]).tolist())
+        maker.reader.plan(np.concatenate([micro.rows for micro in micros]).tolist())
         for micro in micros:
-            yield factory.batch(micro)
+            yield maker.batch(micro)
 
 
 @lru_cache(maxsize=2)
-def _factory(
-    config: PretrainConfig, index_ref: ray.ObjectRef
-) -> tuple[SampleFactory, SampleStream]:
-    """One factory per data process: the index stays mapped from the object store."""
+def _maker(
+    config: TrainingConfig, index_ref: ray.ObjectRef, build: MakerBuilder
+) -> tuple[SampleMaker, SampleStream]:
+    """One maker per data process: the index stays mapped from the object store."""
     index = ray.get(index_ref)
-    return SampleFactory.build(config, index), sample_stream(config, index)
+    return build(config, index), sample_stream(config, index)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,8 @@ class Sample(NamedTuple):
 
     sample_id: int
     encoded: bytes
+    annotations: dict[str, Any]
+    """Values of the columns asked for (see `shards.SHARD_SCHEMA`), plain Python."""
 
 
 class _Group(NamedTuple):
@@ -41,6 +43,7 @@ class _Group(NamedTuple):
 
     sample_ids: list[int]
     images: pa.ChunkedArray | list[bytes]
+    annotations: dict[str, pa.ChunkedArray]
 
 
 class SampleReader:
@@ -50,10 +53,15 @@ class SampleReader:
         index: what the data set holds.
         image_column: Parquet column with the encoded bytes, plain or a {bytes, path} struct; a
             prepared data set has its own.
+        columns: annotations to read beside them, of a prepared data set.
     """
 
-    def __init__(self, index: Index, image_column: str = "image") -> None:
+    def __init__(
+        self, index: Index, image_column: str = "image", columns: tuple[str, ...] = ()
+    ) -> None:
+        assert index.is_prepared or not columns, "only prepared data sets have annotations"
         self.index = index
+        self.columns = columns
         self.image_column = "image" if index.is_prepared else image_column
         self.num_samples = index.num_samples
         self._filesystem, self._root = storage.resolve(index.root)
@@ -124,7 +132,8 @@ class SampleReader:
         if isinstance(value, pa.Scalar):
             value = value.as_py()
         encoded = value["bytes"] if isinstance(value, dict) else value  # Hugging Face struct
-        return Sample(group.sample_ids[place], encoded or b"")
+        annotations = {key: column[place].as_py() for key, column in group.annotations.items()}
+        return Sample(group.sample_ids[place], encoded or b"", annotations)
 
     def _find(self, row: int) -> tuple[int, int]:
         """Group of a row, and its place in the group."""
@@ -141,7 +150,8 @@ class SampleReader:
         try:
             if self._ends is None:
                 encoded = storage.read_bytes(self._filesystem, path)
-                return _Group([stable_id(self.index.groups["file"][group].as_py())], [encoded])
+                name = self.index.groups["file"][group].as_py()
+                return _Group([stable_id(name)], [encoded], {})
             table = self._read_row_group(path, self.index.groups["row_group"][group].as_py())
         except storage.StorageUnavailableError:
             raise
@@ -152,10 +162,12 @@ class SampleReader:
                 f"data.image_column='{self.image_column}' is not in {path}; its columns are "
                 f"{', '.join(self._footers[path].schema.to_arrow_schema().names)}"
             )
-        return _Group(self._sample_ids(group, table), table[self.image_column])
+        annotations = {key: table[key] for key in self.columns}
+        return _Group(self._sample_ids(group, table), table[self.image_column], annotations)
 
     def _read_row_group(self, path: str, row_group: int) -> pa.Table:
         columns = ["sample_id"] if self.index.is_prepared else []
+        columns += [self.image_column, *self.columns]
         footer = self._footers.get(path)
         with storage.open_retrying(self._filesystem, path) as stream:
             file = pq.ParquetFile(stream, metadata=footer)
@@ -163,7 +175,7 @@ class SampleReader:
                 self._footers[path] = file.metadata
                 while len(self._footers) > _KEPT_FOOTERS:
                     self._footers.popitem(last=False)
-            return file.read_row_group(row_group, [*columns, self.image_column], use_threads=False)
+            return file.read_row_group(row_group, columns, use_threads=False)
 
     def _sample_ids(self, group: int, table: pa.Table) -> list[int]:
         if self.index.is_prepared:

@@ -46,6 +46,9 @@ class Index:
     bad_files: tuple[BadSample, ...] = ()
     """Files that were left out because they cannot be read."""
     classes: tuple[str, ...] = ()
+    """Names of the labels of a prepared data set."""
+    annotations: tuple[str, ...] = ()
+    """Those of label, boxes, box_masks, mask that samples of a prepared data set have."""
 
     @cached_property
     def sizes(self) -> NDArray[np.int64] | int:
@@ -155,7 +158,14 @@ def _index_prepared(
     if not manifest.num_samples:
         raise ValueError(f"{setting}='{where}' is a prepared data set without samples")
     table = _group_table([(shard.file, shard.row_groups) for shard in manifest.shards])
-    return Index(where, table, is_parquet=True, is_prepared=True, classes=tuple(manifest.classes))
+    return Index(
+        where,
+        table,
+        is_parquet=True,
+        is_prepared=True,
+        classes=tuple(manifest.classes),
+        annotations=tuple(manifest.annotations),
+    )
 
 
 def _index_parquet(
