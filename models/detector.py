@@ -96,6 +96,7 @@ class ITPNDetector(GeneralizedRCNN):
         head_dim: channels of the convolutions of the box and mask heads.
         fc_dim: width of the box head's linear layer.
         min_size: short side in pixels images are resized to; several, one is drawn in training.
+        eval_min_size: short side in pixels in eval mode, None for the last of `min_size`.
         max_size: limit of the long side in pixels.
         samples_per_image: regions the box head learns from (official: 512).
         image_mean, image_std: of the channels, in [0, 1] (ImageNet's, as official).
@@ -115,6 +116,7 @@ class ITPNDetector(GeneralizedRCNN):
         head_dim: int = 256,
         fc_dim: int = 1024,
         min_size: int | tuple[int, ...] = 800,
+        eval_min_size: int | None = None,
         max_size: int = 1333,
         samples_per_image: int = 512,
         image_mean: tuple[float, ...] = IMAGENET_MEAN,
@@ -133,8 +135,13 @@ class ITPNDetector(GeneralizedRCNN):
             fc_dim=fc_dim,
             samples_per_image=samples_per_image,
         )
-        transform = GeneralizedRCNNTransform(
-            min_size, max_size, list(image_mean), list(image_std), size_divisible=SIZE_DIVISIBLE
+        min_sizes = min_size if isinstance(min_size, tuple) else (min_size,)
+        transform = DetectionTransform(
+            (*min_sizes, eval_min_size or min_sizes[-1]),
+            max_size,
+            list(image_mean),
+            list(image_std),
+            size_divisible=SIZE_DIVISIBLE,
         )
         super().__init__(backbone, proposal_network(backbone.out_channels), roi_heads, transform)
         self.num_classes = num_classes
@@ -148,6 +155,18 @@ class ITPNDetector(GeneralizedRCNN):
         """Names left undecayed besides biases and 1-D tensors: the position tables."""
         names = self.backbone.encoder.backbone.no_weight_decay()
         return {f"backbone.encoder.backbone.{name}" for name in names}
+
+
+class DetectionTransform(GeneralizedRCNNTransform):
+    """torchvision's normalising and resizing, with a size for eval mode that training never draws.
+
+    `min_size` holds the short sides of training and then that of eval mode, which torchvision takes
+    from the last place.
+    """
+
+    def torch_choice(self, k: list[int]) -> int:
+        """Draw a short side for a training image, from torch's generator."""
+        return super().torch_choice(k[:-1])
 
 
 class PreciseRPNHead(RPNHead):
@@ -187,6 +206,7 @@ def create_detector(
     *,
     num_classes: int,
     kind: DetectorKind = "mask_rcnn",
+    pos_embed_size: int | None = None,
     rel_pos_bias: bool = False,
     drop_path_rate: float = 0.0,
     init_values: float | None = None,
@@ -198,6 +218,8 @@ def create_detector(
         name: a key of `models.variants.VARIANTS`.
         num_classes: object classes, without background.
         kind: heads.
+        pos_embed_size: side in pixels of the images of pre-training, which the absolute table is
+            built for and keeps; None for the variant's own.
         rel_pos_bias: relative position bias (off in the official configs); its tables are those of
             the variant's image size and interpolated for every other.
         drop_path_rate: stochastic depth of the last block (official: 0.05 for 1x, 0.3 for 3x).
@@ -205,7 +227,7 @@ def create_detector(
         **detector_kwargs: passed to `ITPNDetector`.
 
     Raises:
-        ValueError: unknown name or kind.
+        ValueError: unknown name or kind, or a table size that is not a multiple of the patch size.
     """
     known = DetectorKind.__args__  # type: ignore[attr-defined]
     if kind not in known:
@@ -213,6 +235,7 @@ def create_detector(
     encoder = create_itpn(
         name,
         img_size=get_variant(name).img_size,
+        pos_embed_size=pos_embed_size,
         rel_pos_bias=rel_pos_bias,
         drop_path_rate=drop_path_rate,
         init_values=init_values,

@@ -289,6 +289,7 @@ def create_segmenter(
     *,
     num_classes: int,
     img_size: int = 512,
+    pos_embed_size: int | None = None,
     channels: int = 768,
     rel_pos_bias: bool = True,
     drop_path_rate: float = 0.0,
@@ -299,8 +300,9 @@ def create_segmenter(
     Args:
         name: a key of `models.variants.VARIANTS`.
         num_classes: classes, without the ignored label.
-        img_size: side in pixels of the crops; sets the size of the relative position tables. The
-            absolute table keeps the variant's own size.
+        img_size: side in pixels of the crops; sets the size of the relative position tables.
+        pos_embed_size: side in pixels of the images of pre-training, which the absolute table is
+            built for and keeps; None for the variant's own.
         channels: width of the UPerHead.
         rel_pos_bias: relative position bias (zero at first).
         drop_path_rate: stochastic depth of the last block (official: 0.1 pixel base, 0.2 others).
@@ -312,7 +314,7 @@ def create_segmenter(
     encoder = create_itpn(
         name,
         img_size=img_size,
-        pos_embed_size=get_variant(name).img_size,
+        pos_embed_size=pos_embed_size or get_variant(name).img_size,
         rel_pos_bias=rel_pos_bias,
         drop_path_rate=drop_path_rate,
         init_values=init_values,

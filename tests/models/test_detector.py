@@ -155,6 +155,15 @@ def test_boxes_keep_their_precision_under_autocast(kind: str):
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
 
 
+def test_evaluation_has_a_size_of_its_own_that_training_never_draws():
+    model = detector(min_size=(64, 80), eval_min_size=96, max_size=200)
+    image = torch.rand(3, 50, 60)
+    drawn = {model.train().transform([image])[0].image_sizes[0][0] for _ in range(30)}
+    assert drawn == {64, 80}  # one of them alone: once in 2 ** 29
+    assert model.eval().transform([image])[0].image_sizes[0][0] == 96
+    assert detector(min_size=(64, 80)).eval().transform([image])[0].image_sizes[0][0] == 80
+
+
 def test_training_without_masks_or_targets_is_refused():
     images, targets = batch()
     del targets[0]["masks"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -131,6 +131,25 @@ def test_position_tables_of_the_native_size_are_left_bit_for_bit(pretrained: ITP
     images = tiny.images()
     expected = pretrained.backbone.eval()(images)[16]
     assert torch.equal(model.eval().backbone(images)[16], expected)
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        partial(create_detector, head_dim=16, fc_dim=32),
+        partial(create_segmenter, img_size=64, channels=16),
+    ],
+)
+def test_a_model_built_for_the_size_of_pretraining_keeps_its_position_table(
+    create: Callable[..., nn.Module],
+):
+    encoder = tiny.randomize(create_itpn("itpn_debug", img_size=160))
+    model = create("itpn_debug", num_classes=2, pos_embed_size=160)
+    report = load_weights(model, encoder.state_dict())
+    assert report.resized == []
+    assert torch.equal(backbone_of(model).pos_embed, encoder.backbone.pos_embed)
+    assert backbone_of(model).pos_embed.shape[1] == 100
+    assert backbone_of(create("itpn_debug", num_classes=2)).pos_embed.shape[1] == 16  # its own
 
 
 @pytest.mark.parametrize("task", MODELS)
