@@ -27,7 +27,8 @@ import torch
 from pipeline.checkpoint import Checkpointer, Saved
 from pipeline.config_values import apply_overrides
 from pipeline.data import Batch, SyntheticBatches
-from pipeline.pretrain import Hooks, pretrain
+from pipeline.between_steps import Hooks
+from pipeline.pretrain import pretrain
 from pipeline.recipes import demo
 
 

@@ -7,56 +7,32 @@ but every step is asked whether it is finite, because one that is not must not u
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from models.hivit import STRIDES
-from models.pretraining import PretrainingModel
 from models.teacher import EMATeacher
 from models.tokens import split_tokens
+from pipeline.between_steps import BetweenSteps, Hooks, Step
 from pipeline.checkpoint import Checkpointer
 from pipeline.config import PretrainConfig
-from pipeline.metrics import Meter, peak_memory_gib
 from pipeline.nonfinite import NonFiniteGuard, NonFiniteLossError, non_finite_message
 from pipeline.optim import set_lr
+from pipeline.parallel import no_sync_unless, parallel
 from pipeline.pictures import reconstruction_picture
 from pipeline.pretrain_evaluation import PretrainEvaluation
-from pipeline.quarantine import BadSample, check_bad_fraction
+from pipeline.quarantine import bad_samples
 from pipeline.schedules import teacher_momentum, warmup_cosine
-from pipeline.train_state import TrainState, Worker, max_over_workers, share_quarantine
+from pipeline.train_state import TrainState, Worker
 
 Batch = dict[str, NDArray[Any]]
+PICTURES = "reconstructions"
 _PICTURE_ROWS = 8
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What the loop calls outwards. Called on every worker unless said otherwise."""
-
-    on_start: Callable[[int], None] = lambda step: None
-    """Once, with the step the run starts at."""
-    on_metrics: Callable[[int, dict[str, float]], bool] = lambda step, metrics: False
-    """At log steps, worker 0 only; returns True to ask for a clean stop."""
-    wants_checkpoint: Callable[[int], bool] = lambda step: False
-    """At log steps; returns True to ask for a checkpoint now."""
-    on_quarantine: Callable[[list[BadSample]], None] = lambda samples: None
-    """When there are new bad samples, with all of them; worker 0 only."""
-    on_picture: Callable[[int, bytes], None] = lambda step, png: None
-    """At picture steps, worker 0 only."""
-    on_checkpoint: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
-    """After a checkpoint was handed to the checkpointer, with the latest metrics."""
-    on_non_finite: Callable[[dict[str, Any]], None] = lambda dump: None
-    """Before NonFiniteLossError, worker 0 only, with a state that replays the steps."""
 
 
 def pretrain(
@@ -91,16 +67,25 @@ def pretrain(
         NonFiniteLossError: more than optim.max_skipped_steps in a row; names step and last loss.
         TooManyBadSamplesError: at a log step.
     """
-    run, num_steps = config.run, config.num_steps(num_samples)
+    num_steps = config.num_steps(num_samples)
     state = TrainState.build(config, worker.device)
     state.restore(checkpointer, worker)
     hooks.on_start(state.step)
-    model = _wrap(state.model, worker)
+    between = BetweenSteps(
+        config,
+        num_samples,
+        loss_names(has_mfm=state.teacher is not None),
+        checkpointer,
+        worker,
+        hooks,
+        evaluate=lambda state: evaluate(state, evaluation_batch, config, worker.device),
+        draw=lambda state: {PICTURES: draw_picture(state, evaluation_batch, config)},
+        export=lambda state: state.model.encoder.state_dict(),
+    )
+    model = parallel(state.model, worker)
     batches = iter(batches_from(state.step))
     num_micros = len(config.micro_batches_of(worker.rank, worker.world_size))
-    guard, meter = NonFiniteGuard(worker), Meter(config.data.global_batch_size)
-    latest: dict[str, float] = {}
-    new_bad: list[BadSample] = []
+    guard = NonFiniteGuard(worker)
     is_stopped = False
 
     while state.step < num_steps and not is_stopped:
@@ -110,15 +95,15 @@ def pretrain(
         losses = torch.zeros(2 + len(STRIDES), device=worker.device)  # total, mim, mfm by stride
         num_bad = 0
         for micro in range(num_micros):
-            with meter.waiting():
+            with between.meter.waiting():
                 batch = next(batches)
             guard.add_batch(batch)
-            bad = [BadSample(*json.loads(text)) for text in batch["bad"] if text]
-            new_bad += bad
+            bad = bad_samples(batch)
+            between.new_bad += bad
             num_bad += len(bad)
             images, mask = to_device(batch, config, worker.device)
             weight = sample_weights(batch, worker.device) if bad else None
-            with _no_sync_unless(micro == num_micros - 1, model):
+            with no_sync_unless(micro == num_micros - 1, model):
                 losses += forward_backward(
                     model, state.teacher, images, mask, config, weight, worker.world_size
                 )
@@ -135,67 +120,12 @@ def pretrain(
             dump = guard.dump(state)
             if worker.is_rank_zero:
                 hooks.on_non_finite(dump)
-            raise NonFiniteLossError(non_finite_message(state, losses, grad_norm, latest))
+            raise NonFiniteLossError(non_finite_message(state, losses, grad_norm, between.latest))
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        meter.step_done()
-
-        is_final = state.step == num_steps
-        is_logging = is_final or is_skipped or state.step % run.log_every_steps == 0
-        is_evaluating = is_final or state.step % run.evaluate_every_steps == 0
-        is_saving = is_final or state.step % run.checkpoint_every_steps == 0
-        record: dict[str, float] = {}
-        # Whenever a record may end the run, or a checkpoint is due.
-        if is_logging or is_evaluating or is_saving:
-            if share_quarantine(state, new_bad, worker) and worker.is_rank_zero:
-                hooks.on_quarantine(list(state.quarantine.values()))
-            new_bad = []
-        if is_logging:
-            record |= loss_metrics(
-                losses, num_bad, config.data.global_batch_size, has_mfm=state.teacher is not None
-            )
-            record |= {"train/grad_norm": float(grad_norm), **schedules}
-            record = {key: value for key, value in record.items() if math.isfinite(value)}
-            record["train/skipped_steps"] = float(state.skipped_steps)
-            record["train/epoch"] = state.step * config.data.global_batch_size / num_samples
-            record["data/bad_samples"] = float(len(state.quarantine))
-            record |= {**meter.metrics(), **peak_memory_gib(worker.device)}
-        with meter.paused():
-            if is_evaluating:
-                record |= evaluate(state, evaluation_batch, config, worker.device)
-            if record:
-                latest |= record
-                wants_stop = worker.is_rank_zero and hooks.on_metrics(state.step, record)
-                wants_save = hooks.wants_checkpoint(state.step)
-                wish = max_over_workers(2 * wants_stop + wants_save, worker)
-                is_stopped = wish >= 2 and not is_final
-                is_saving |= wish > 0
-                check_bad_fraction(
-                    state.quarantine.values(),
-                    num_samples,
-                    config.data.max_bad_fraction,
-                    "data.max_bad_fraction",
-                )
-            if worker.is_rank_zero and (is_final or state.step % run.picture_every_steps == 0):
-                hooks.on_picture(state.step, draw_picture(state, evaluation_batch, config))
-            if is_saving:
-                if worker.is_rank_zero:
-                    samples_seen = state.step * config.data.global_batch_size
-                    cursor = {"samples_seen": samples_seen, "epoch": samples_seen // num_samples}
-                    encoder = state.model.encoder.state_dict()
-                    checkpointer.save(state.step, state.state_dict() | cursor, encoder)
-                hooks.on_checkpoint(state.step, latest)
-    checkpointer.wait()
-    if not latest:  # killed after the last checkpoint and before the summary: nothing left to train
-        latest |= evaluate(state, evaluation_batch, config, worker.device)
-    return {
-        "steps": state.step,
-        "is_stopped": is_stopped,
-        "bad_samples": sorted(state.quarantine),
-        "skipped_steps": state.skipped_steps,
-        **meter.totals(),
-        "metrics": latest,
-    }
+        step = Step(losses, num_bad, grad_norm, schedules, is_skipped)
+        is_stopped = between.after(state, step)
+    return between.summary(state, is_stopped=is_stopped)
 
 
 def forward_backward(
@@ -295,39 +225,6 @@ def draw_picture(state: TrainState, batch: Batch, config: PretrainConfig) -> byt
     return png
 
 
-def loss_metrics(
-    losses: Tensor, num_bad: int, global_batch_size: int, *, has_mfm: bool
-) -> dict[str, float]:
-    """train/loss* of a step: means over the good samples of all workers. All must call it.
-
-    Args:
-        losses: (2 + stages,) of this worker, where bad samples count as 0.
-        num_bad: bad samples of this worker.
-        global_batch_size: samples of the step.
-        has_mfm: whether there are feature losses.
-    """
-    sums = torch.cat([losses, losses.new_tensor([num_bad])])
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-        sums[:-1] /= dist.get_world_size()
-    *means, bad = sums.tolist()
-    total, mim, *mfm = (
-        mean * global_batch_size / max(1, global_batch_size - bad) for mean in means
-    )
-    metrics = {"train/loss": total, "train/loss_mim": mim}
-    if has_mfm:
-        metrics |= {f"train/loss_mfm{s}": value for s, value in zip(STRIDES, mfm, strict=True)}
-    return metrics
-
-
-def _wrap(model: PretrainingModel, worker: Worker) -> nn.Module:
-    if worker.world_size == 1:
-        return model
-    device_ids = [worker.device] if worker.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
-
-
-def _no_sync_unless(is_last: bool, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    if is_last or not isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return model.no_sync()
+def loss_names(*, has_mfm: bool) -> tuple[str, ...]:
+    """Names of the losses, in the order of `forward_backward`."""
+    return ("loss", "loss_mim", *(f"loss_mfm{s}" for s in STRIDES if has_mfm))

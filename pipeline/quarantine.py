@@ -5,9 +5,10 @@ A bad image never ends a run by itself. Only their number does, above a share th
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,6 +47,11 @@ class BadSample(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.error}: {self.message}"
+
+
+def bad_samples(batch: dict[str, Any]) -> list[BadSample]:
+    """Those of a micro-batch (see `data.Batch`)."""
+    return [BadSample(*json.loads(text)) for text in batch["bad"] if text]
 
 
 class TooManyBadSamplesError(ValueError):

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _MAX_PARAM_CHARS = 6000  # MLflow's own limit on parameter values
-_PICTURES = "reconstructions"
+PICTURE_FOLDERS = ("reconstructions", "predictions", "confusion")
+"""Kinds of pictures a run may draw; folders of the run and of its artifacts."""
 _CLOSE_PAUSES_S = (1.0, 3.0)
 
 
@@ -184,7 +185,8 @@ def _log_artifacts(
         if file.is_file():
             client.log_artifact(run_id, str(file))
     # These never change once they are written.
-    _log_missing(client, run_id, run_dir / _PICTURES, _PICTURES)
+    for kind in PICTURE_FOLDERS:
+        _log_missing(client, run_id, run_dir / kind, kind)
     if checkpoint is not None:
         _log_missing(client, run_id, checkpoint, f"checkpoints/{checkpoint.name}")
 
@@ -237,13 +239,13 @@ class Tracker:
         self._file.append(record)
         self._mlflow.log_record(record)
 
-    def log_picture(self, step: int, png: bytes) -> Path:
-        """Save a picture under reconstructions/ and as an artifact.
+    def log_picture(self, step: int, kind: str, png: bytes) -> Path:
+        """Save a picture in the folder of its kind and as an artifact.
 
         Raises:
             OSError: it cannot be saved; nothing of it is left.
         """
-        path = self.run_dir / _PICTURES / f"step_{step:08d}.png"
+        path = self.run_dir / kind / f"step_{step:08d}.png"
         partial = path.with_name(f".{path.name}.part")
         path.parent.mkdir(exist_ok=True)
         try:
@@ -252,7 +254,7 @@ class Tracker:
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink()
-        self.log_artifact(path, _PICTURES)
+        self.log_artifact(path, kind)
         return path
 
     def log_artifact(self, path: Path, artifact_folder: str) -> None:

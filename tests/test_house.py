@@ -14,6 +14,7 @@ from tests.conftest import REPO_ROOT
 SOURCES = [p for room in ("models", "pipeline", "jobs") for p in (REPO_ROOT / room).rglob("*.py")]
 PURE_PIPELINE = set(
     """config recipes transforms masking optim schedules metrics checkpoint reproducibility
+    between_steps parallel
     pretrain_evaluation pretrain pictures sampling sources run_folder demo_data storage shards
     quarantine decoding reading""".split()  # noqa: SIM905
 )

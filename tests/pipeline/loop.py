@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.between_steps import Hooks
 from pipeline.checkpoint import Checkpointer
 from pipeline.config import PretrainConfig
 from pipeline.data import Batch, SampleFactory, micro_batches, sample_stream
-from pipeline.pretrain import Hooks, pretrain
+from pipeline.pretrain import pretrain
 from pipeline.quarantine import BadSample
 from pipeline.sources import build_index
 from pipeline.train_state import Worker
@@ -65,7 +66,7 @@ class LocalRun:
                     on_metrics=self._on_metrics,
                     wants_checkpoint=lambda step: step in self.save_at,
                     on_quarantine=self.quarantines.append,
-                    on_picture=self.pictures.__setitem__,
+                    on_picture=lambda step, kind, png: self.pictures.update({step: png}),
                     on_checkpoint=self._on_checkpoint,
                     on_non_finite=self.dump.update,
                 ),

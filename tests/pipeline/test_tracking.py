@@ -138,7 +138,7 @@ def test_pictures_and_system_metrics_arrive(
     with_system = tracking.Tracker(
         tmp_path, uri=uri, run_id=run_id, start_step=0, system_metrics=True
     )
-    path = with_system.log_picture(7, b"png bytes")
+    path = with_system.log_picture(7, "reconstructions", b"png bytes")
     time.sleep(2.0)
     with_system.close()
     assert path.read_bytes() == b"png bytes"
@@ -228,7 +228,7 @@ def test_artifacts_that_cannot_be_stored_hold_up_no_metrics(
     with monkeypatch.context() as broken:
         broken.setattr(MlflowClient, "log_artifact", refuse)
         ours = tracker(uri, tmp_path, run_id)
-        ours.log_picture(1, b"png bytes")
+        ours.log_picture(1, "reconstructions", b"png bytes")
         ours.log(1, {"train/loss": 1.0})
         ours.close()
         problem = close_run(uri, run_id, tmp_path)
@@ -350,7 +350,7 @@ def test_a_picture_without_room_leaves_nothing_behind(uri: str, tmp_path: Path):
     pictures.mkdir()
     os.symlink("/dev/full", pictures / ".step_00000007.png.part")
     with pytest.raises(OSError, match="No space left on device"):
-        ours.log_picture(7, b"png bytes")
+        ours.log_picture(7, "reconstructions", b"png bytes")
     assert not list(pictures.iterdir())
-    assert ours.log_picture(8, b"png bytes").read_bytes() == b"png bytes"
+    assert ours.log_picture(8, "reconstructions", b"png bytes").read_bytes() == b"png bytes"
     ours.close()

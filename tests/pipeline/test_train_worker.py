@@ -47,13 +47,13 @@ def test_pictures_and_quarantine_without_room_are_told_and_stop_nothing(
         session._on_start(0)
         filler = fill_disk(disk, 0)
         bad = [BadSample(f"{i}.jpg", i, "OSError", "cut") for i in range(2)]
-        session._on_picture(1, b"png" * 10_000)
+        session._on_picture(1, "reconstructions", b"png" * 10_000)
         session._on_quarantine(bad[:1])
         picture, quarantine = said
         assert picture.startswith("the picture of step 1 was not saved: [Errno 28] No space left")
         assert "quarantine.parquet was not written: [Errno 28]" in quarantine
         filler.unlink()
-        session._on_picture(2, b"png" * 10_000)
+        session._on_picture(2, "reconstructions", b"png" * 10_000)
         session._on_quarantine(bad)
         session.close()
         assert len(said) == 2
