@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,13 @@ class Prepared:
     """The folder held the same data set already; nothing was done."""
 
 
-def prepare(config: PrepareConfig) -> Prepared:
+def prepare(config: PrepareConfig, *, with_ray: bool = True) -> Prepared:
     """Prepare a source, or go on with what an earlier call left unfinished.
+
+    Args:
+        config: what to prepare.
+        with_ray: False writes the shards here, one after another: a set of one small shard is
+            written before a Ray task would have started.
 
     Raises:
         ValueError: settings, source or output folder that cannot be used; too many bad samples.
@@ -72,7 +77,7 @@ def prepare(config: PrepareConfig) -> Prepared:
             plan = make_plan(config, folder)
         elif differences := settings_diff(plan.settings, config.settings()):
             raise ValueError(refusal(f"{config.out}/{WORK_FOLDER} was begun", differences))
-        done = _write_shards(config, folder, plan)
+        done = _write_shards(config, folder, plan, with_ray)
         manifests = _finish(folder, plan, done)
     except FileNotFoundError:
         raise
@@ -84,7 +89,9 @@ def prepare(config: PrepareConfig) -> Prepared:
     return Prepared(manifests=manifests, bad=bad, wall_s=time.monotonic() - started)
 
 
-def _write_shards(config: PrepareConfig, folder: PlanFolder, plan: Plan) -> list[FinishedShard]:
+def _write_shards(
+    config: PrepareConfig, folder: PlanFolder, plan: Plan, with_ray: bool
+) -> list[FinishedShard]:
     """Write what is not finished yet; returns all finished shards in the order of the plan."""
     done = {shard.number: shard for shard in folder.read_finished(plan)}
     todo = [number for number in range(len(plan.shards)) if number not in done]
@@ -94,10 +101,7 @@ def _write_shards(config: PrepareConfig, folder: PlanFolder, plan: Plan) -> list
     try:
         _check_bad(config, plan, done)
         if todo:
-            with (
-                joined_cluster(config.num_cpus),
-                contextlib.closing(_run_tasks(folder.uri, todo, config.num_cpus)) as tasks,
-            ):
+            with _tasks(folder.uri, todo, config.num_cpus, with_ray) as tasks:
                 for finished in tasks:
                     done[finished.number] = finished
                     progress.log(done)
@@ -116,6 +120,21 @@ def _check_bad(config: PrepareConfig, plan: Plan, done: dict[int, FinishedShard]
     bad = [*plan.bad, *(sample for shard in done.values() for sample in shard.bad)]
     total = plan.num_records + len(plan.bad)
     check_bad_fraction(bad, total, config.max_bad_fraction, "max_bad_fraction")
+
+
+@contextlib.contextmanager
+def _tasks(
+    out: str, todo: list[int], num_cpus: int, with_ray: bool
+) -> Iterator[Iterable[FinishedShard]]:
+    """The shards to do, each yielded when it is finished."""
+    if not with_ray:
+        yield (write_planned_shard(out, number) for number in todo)
+        return
+    with (
+        joined_cluster(num_cpus),
+        contextlib.closing(_run_tasks(out, todo, num_cpus)) as tasks,
+    ):
+        yield tasks
 
 
 def _run_tasks(out: str, todo: list[int], num_tasks: int) -> Generator[FinishedShard]:

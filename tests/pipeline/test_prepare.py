@@ -180,6 +180,17 @@ def test_a_finished_set_is_left_alone_and_other_settings_are_refused(source: Pat
     prepare(config_of(source, num_cpus=7, max_bad_fraction=0.5))  # they change no result
 
 
+def test_a_set_written_without_ray_is_the_same_to_the_byte(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+):
+    configs = [config_of(source, out=str(source.parent / out)) for out in ("in-tasks", "here")]
+    prepare(configs[0])
+    monkeypatch.setattr("pipeline.prepare.job.joined_cluster", None)  # whoever calls it fails
+    manifests = prepare(configs[1], with_ray=False).manifests
+    assert len(manifests["train"].shards) > 1, "several shards, or the loop is not tried"
+    assert contents(Path(configs[1].out)) == contents(Path(configs[0].out))
+
+
 def test_bad_images_are_set_aside_with_their_reason(source: Path):
     (source / "a/00.png").write_bytes(b"")
     (source / "a/01.png").write_bytes((source / "a/01.png").read_bytes()[:300])
