@@ -20,9 +20,10 @@ import models
 from pipeline.cli import parse_recipe_command, set_up_logging
 from pipeline.demo_data import write_demo_photos
 from pipeline.dry_run import dry_run
-from pipeline.recipes import DEMO_DATA, PRETRAIN_RECIPES, get_recipe
+from pipeline.pretraining_run import run_pretraining
+from pipeline.recipes import DEMO_DATA, PRETRAIN_RECIPES
 from pipeline.report import final_report, first_line
-from pipeline.trainer import RunFailedError, run_pretraining
+from pipeline.trainer import RunFailedError
 
 logger = logging.getLogger("jobs.pretrain")
 
@@ -31,7 +32,6 @@ def main() -> int:
     """Run the command line; returns the exit status."""
     config = parse_recipe_command(
         PRETRAIN_RECIPES,
-        get_recipe,
         sys.argv[1:],
         prog="python -m jobs.pretrain",
         description="Pre-train an iTPN by masked image and masked feature modelling.",

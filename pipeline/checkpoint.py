@@ -1,10 +1,11 @@
 """Checkpoints: one folder a step, written whole or not at all, holding tensors and plain data only.
 
 Layout: `checkpoints/step_00000300/` with `state.pt` (student, teacher, optimiser, step, RNG),
-`encoder.safetensors` (backbone + neck, for downstream use) and `manifest.json` (sizes and sha256 of
-the other two, written last). A folder whose files do not match its manifest is passed over, with a
-warning. Surprising: `save` only copies the tensors; a thread writes them while training goes on,
-so a checkpoint is there a little after `save` returned, and `finished` tells how it went.
+`encoder.safetensors` (backbone + neck, for downstream use; a fine-tuning run: `model.safetensors`)
+and `manifest.json` (sizes and sha256 of the other two, written last). A folder whose files do not
+match its manifest is passed over, with a warning. Surprising: `save` only copies the tensors; a
+thread writes them while training goes on, so a checkpoint is there a little after `save` returned,
+and `finished` tells how it went.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from pipeline import storage
 
 logger = logging.getLogger(__name__)
 ENCODER_FILE = "encoder.safetensors"
+MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
 MANIFEST_FILE = "manifest.json"
-_FILES = (STATE_FILE, ENCODER_FILE)
 
 
 class Saved(NamedTuple):
@@ -59,6 +60,7 @@ class Checkpointer:
         keep_every_steps: checkpoints of multiples of this step are kept for good; 0: none.
         facts: strings stored in the manifest and in the safetensors header (model, config hash,
             ...).
+        export_file: name of the file of weights to go on with.
         warn: told of damaged checkpoints that are passed over, and of old ones that stay.
     """
 
@@ -70,12 +72,14 @@ class Checkpointer:
         keep_every_steps: int = 0,
         facts: dict[str, str],
         warn: Callable[[str], None] = logger.warning,
+        export_file: str = ENCODER_FILE,
     ) -> None:
         self.location = str(location)
         self.keep = keep
         self.keep_every_steps = keep_every_steps
         self.facts = facts
         self._warn = warn
+        self._files = (STATE_FILE, export_file)
         self._filesystem, self._root = storage.resolve(self.location)
         self._is_local = storage.is_local(self._filesystem)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -83,20 +87,20 @@ class Checkpointer:
         self._finished: list[Saved] = []
         self._downloads: tempfile.TemporaryDirectory[str] | None = None
 
-    def save(self, step: int, state: dict[str, Any], encoder: dict[str, Tensor]) -> None:
+    def save(self, step: int, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Copy the state and have it written; first waits for the one before.
 
         Args:
             step: optimiser steps done.
             state: nested dicts and lists of tensors, numbers and strings.
-            encoder: state dict of the encoder alone.
+            weights: those to go on with: the state dict of the encoder, or of a fine-tuned model.
         """
         started = time.monotonic()
         self.wait()
-        copies: dict[Any, Tensor] = {}  # tensors of the encoder are in the state, too
-        state, encoder = _snapshot(state, copies), _snapshot(encoder, copies)
+        copies: dict[Any, Tensor] = {}  # most of the weights are in the state, too
+        state, weights = _snapshot(state, copies), _snapshot(weights, copies)
         stall_s = time.monotonic() - started
-        self._pending = self._writer.submit(self._write, step, state, encoder, stall_s)
+        self._pending = self._writer.submit(self._write, step, state, weights, stall_s)
 
     def wait(self) -> None:
         """Wait until the checkpoint being written is done."""
@@ -138,21 +142,21 @@ class Checkpointer:
             self._downloads = tempfile.TemporaryDirectory(prefix="itpn-checkpoints-")
         local = Path(self._downloads.name) / _name(step)
         local.mkdir(exist_ok=True)
-        for name in (MANIFEST_FILE, *_FILES):
+        for name in (MANIFEST_FILE, *self._files):
             content = storage.read_bytes(self._filesystem, f"{remote}/{name}")
             (local / name).write_bytes(content)
         return local
 
     def _write(
-        self, step: int, state: dict[str, Any], encoder: dict[str, Tensor], stall_s: float
+        self, step: int, state: dict[str, Any], weights: dict[str, Tensor], stall_s: float
     ) -> Saved:
         """In the writing thread."""
         started, num_bytes, problem = time.monotonic(), 0, None
         try:
             if self._is_local:
-                num_bytes = self._write_local(step, state, encoder)
+                num_bytes = self._write_local(step, state, weights)
             else:
-                num_bytes = self._upload(step, state, encoder)
+                num_bytes = self._upload(step, state, weights)
         except Exception as error:  # torch reports a full disk as a RuntimeError
             problem = _one_line(error)
             logger.warning("the checkpoint of step %d was not written: %s", step, problem)
@@ -160,7 +164,7 @@ class Checkpointer:
             self._prune_or_warn(step)
         return Saved(step, time.monotonic() - started, stall_s, num_bytes, problem)
 
-    def _write_local(self, step: int, state: dict[str, Any], encoder: dict[str, Tensor]) -> int:
+    def _write_local(self, step: int, state: dict[str, Any], weights: dict[str, Tensor]) -> int:
         root = Path(self._root)
         final, partial = root / _name(step), root / f".partial_{step:08d}"
         self._put_back_replaced()
@@ -169,7 +173,7 @@ class Checkpointer:
         replaced = root / f".replaced_{step:08d}"
         try:
             partial.mkdir(parents=True)
-            num_bytes = self._fill(partial, step, state, encoder)
+            num_bytes = self._fill(partial, step, state, weights)
             if final.exists():
                 os.replace(final, replaced)
             os.replace(partial, final)
@@ -194,13 +198,16 @@ class Checkpointer:
                 with contextlib.suppress(OSError):  # another process was faster
                     os.replace(replaced, final)
 
-    def _upload(self, step: int, state: dict[str, Any], encoder: dict[str, Tensor]) -> int:
+    def _upload(self, step: int, state: dict[str, Any], weights: dict[str, Tensor]) -> int:
         remote = f"{self._root}/{_name(step)}"
         with tempfile.TemporaryDirectory(prefix="itpn-checkpoint-") as local:
-            num_bytes = self._fill(Path(local), step, state, encoder)
+            num_bytes = self._fill(Path(local), step, state, weights)
             self._remove(step)
             try:
-                for name in (*_FILES, MANIFEST_FILE):  # it comes last: it makes the others valid
+                for name in (
+                    *self._files,
+                    MANIFEST_FILE,
+                ):  # it comes last: it makes the others valid
                     content = (Path(local) / name).read_bytes()
                     storage.write_bytes(self._filesystem, f"{remote}/{name}", content)
             except Exception:
@@ -210,16 +217,16 @@ class Checkpointer:
         return num_bytes
 
     def _fill(
-        self, folder: Path, step: int, state: dict[str, Any], encoder: dict[str, Tensor]
+        self, folder: Path, step: int, state: dict[str, Any], weights: dict[str, Tensor]
     ) -> int:
         """Write the files of a checkpoint, down to the disk; returns their bytes."""
         facts = {**self.facts, "step": str(step)}
         torch.save(state, folder / STATE_FILE)
-        save_file(encoder, folder / ENCODER_FILE, metadata=facts)
-        files = {name: _fingerprint(folder / name) for name in _FILES}
+        save_file(weights, folder / self._files[1], metadata=facts)
+        files = {name: _fingerprint(folder / name) for name in self._files}
         manifest = {"step": step, "facts": facts, "files": files}
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
-        for name in (*_FILES, MANIFEST_FILE, "."):
+        for name in (*self._files, MANIFEST_FILE, "."):
             _sync(folder / name)
         return sum(file["bytes"] for file in files.values())
 

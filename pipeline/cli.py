@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import tyro
 
@@ -12,8 +13,7 @@ from pipeline.config_values import ConfigT
 
 
 def parse_recipe_command(
-    recipes: dict[str, Callable[[], ConfigT]],
-    get_recipe: Callable[[str], ConfigT],
+    recipes: Mapping[str, Callable[[], ConfigT]],
     argv: Sequence[str],
     *,
     prog: str,
@@ -33,7 +33,7 @@ def parse_recipe_command(
         print(text, file=sys.stdout if is_help else sys.stderr)
         raise SystemExit(0 if is_help else 2)
     try:
-        default = get_recipe(argv[0])
+        default = get_recipe(recipes, argv[0])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -44,6 +44,19 @@ def parse_recipe_command(
         prog=f"{prog} {argv[0]}",
         description=description,
     )
+
+
+def get_recipe(recipes: Mapping[str, Callable[[], ConfigT]], name: str) -> ConfigT:
+    """The config of a named recipe.
+
+    Raises:
+        ValueError: no such recipe; names the nearest one and all known ones.
+    """
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, n=1, cutoff=0.4)
+        hint = f"; did you mean '{near[0]}'?" if near else "."
+        raise ValueError(f"unknown recipe '{name}'{hint} Known: {', '.join(recipes)}")
+    return recipes[name]()
 
 
 def set_up_logging() -> None:

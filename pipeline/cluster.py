@@ -18,7 +18,7 @@ from pathlib import Path
 
 import ray
 
-from pipeline.config import PretrainConfig
+from pipeline.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -42,14 +42,14 @@ ELASTIC_ENV = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
 _OBJECT_STORE_BYTES = 512 * 2**20  # uint8 batches in flight; Ray's default takes 30 % of the memory
 
 
-def needed_cpus(config: PretrainConfig, num_workers: int) -> float:
+def needed_cpus(config: TrainingConfig, num_workers: int) -> float:
     """Logical CPUs of a run with so many workers: training and decoding."""
     decoding = max(config.data.num_cpus, num_workers)
     return num_workers * config.scaling.cpus_per_worker + decoding
 
 
 @contextlib.contextmanager
-def cluster(config: PretrainConfig) -> Iterator[None]:
+def cluster(config: TrainingConfig) -> Iterator[None]:
     """Use the connected cluster, the one of RAY_ADDRESS, or a private local one, for a run.
 
     Raises:
@@ -112,7 +112,7 @@ def _signal_handlers_kept() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def _check_resources(config: PretrainConfig) -> None:
+def _check_resources(config: TrainingConfig) -> None:
     total = ray.cluster_resources()
     scaling, workers = config.scaling, config.scaling.min_workers
     needed, has = needed_cpus(config, workers), total.get("CPU", 0)

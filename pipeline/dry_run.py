@@ -8,26 +8,33 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from mlflow import MlflowClient
+from torch import nn
 
 from pipeline import tracking
-from pipeline.config import PretrainConfig
+from pipeline.config import PretrainConfig, TrainingConfig
 from pipeline.config_values import config_to_dict
 from pipeline.data import SyntheticBatches
 from pipeline.datasets import DataSets
+from pipeline.downstream.tasks import create_task
+from pipeline.evaluation_data import share_of
+from pipeline.finetune import build_state
+from pipeline.finetune_config import FinetuneConfig
+from pipeline.finetuning_run import TRAINING, build_model, open_data, resolve_init
+from pipeline.finetuning_run import describe as describe_finetuning
+from pipeline.mlflow_delivery import connect
 from pipeline.pretrain import forward_backward, to_device
+from pipeline.pretraining_run import describe
 from pipeline.run_folder import RunFolder
-from pipeline.train_state import TrainState
-from pipeline.trainer import describe
+from pipeline.train_state import TrainState, Worker
 
 _PROBE_BATCH = 2
 
 
 def dry_run(config: PretrainConfig) -> str:
-    """Report of a run that is not started.
+    """Report of a pre-training run that is not started.
 
     Raises:
         ValueError: whatever would have stopped the real run, too.
@@ -35,16 +42,56 @@ def dry_run(config: PretrainConfig) -> str:
     folder = RunFolder(config)
     folder.check()
     data = DataSets.open(config)
-    device = torch.device("cuda" if config.scaling.use_gpu and torch.cuda.is_available() else "cpu")
-    state = TrainState.build(config, device)
-    estimate = _estimate(config, data, state, device)
+    state = TrainState.build(config, _device(config))
+    batch = {key: values[:_PROBE_BATCH] for key, values in SyntheticBatches(config).batch.items()}
+    images, mask = to_device(batch, config, _device(config))
+
+    def step() -> None:
+        forward_backward(state.model, state.teacher, images, mask, config)
+
+    lines = [describe(config, data), *_describe_data(data)]
+    return _report(config, folder, lines, _estimate(config, state, step, data.num_samples))
+
+
+def finetune_dry_run(config: FinetuneConfig) -> str:
+    """Report of a fine-tuning run that is not started.
+
+    Raises:
+        ValueError: whatever would have stopped the real run, too.
+    """
+    config, weights = resolve_init(config)
+    folder = RunFolder(config)
+    folder.check()
+    train, val, classes = open_data(config)
+    task = create_task(config, classes, pretrain_size=weights.image_size)
+    _, load_report = build_model(task, weights)
+    worker = Worker(device=_device(config))
+    state = build_state(config, task, weights, worker)
+    state.model.train()
+    maker = TRAINING(config, train)
+    batch = maker.batch(share_of(maker, _PROBE_BATCH)[0])
+
+    def step() -> None:
+        task.losses(state.model, batch, worker.device)[0].backward()
+
+    lines = [describe_finetuning(config, train, val, task, weights, load_report)]
+    return _report(config, folder, lines, _estimate(config, state, step, train.num_samples))
+
+
+def _device(config: TrainingConfig) -> torch.device:
+    return torch.device("cuda" if config.scaling.use_gpu and torch.cuda.is_available() else "cpu")
+
+
+def _report(
+    config: TrainingConfig, folder: RunFolder, description: list[str], estimate: dict[str, float]
+) -> str:
+    device = _device(config)
     lines = [
         json.dumps(config_to_dict(config), indent=1),
-        describe(config, data),
-        *_describe_data(data),
-        f"model     {estimate['num_parameters']:,} parameters, "
-        f"{estimate['num_trainable']:,} trainable, teacher {estimate['num_teacher']:,}",
-        f"memory    {estimate['memory_gib']:.2f} GiB a worker: weights, gradients, AdamW, teacher "
+        *description,
+        f"model     {estimate['num_parameters']:,.0f} parameters, "
+        f"{estimate['num_trainable']:,.0f} trainable, average {estimate['num_average']:,.0f}",
+        f"memory    {estimate['memory_gib']:.2f} GiB a worker: weights, gradients, AdamW, average "
         f"{estimate['state_gib']:.2f} + activations of {config.batch_size_per_worker} images "
         f"{estimate['activations_gib']:.2f} (float32)",
         f"time      {estimate['image_s'] * 1000:.0f} ms an image on one {device.type} worker here; "
@@ -69,12 +116,16 @@ def _describe_data(data: DataSets) -> list[str]:
 
 
 def _estimate(
-    config: PretrainConfig, data: DataSets, state: TrainState, device: torch.device
-) -> dict[str, Any]:
-    """Parameters, bytes and seconds, from one real forward and backward of two images."""
-    batch = {key: values[:_PROBE_BATCH] for key, values in SyntheticBatches(config).batch.items()}
-    images, mask = to_device(batch, config, device)
+    config: TrainingConfig, state: TrainState, step: Callable[[], None], num_samples: int
+) -> dict[str, float]:
+    """Parameters, bytes and seconds, from really running `step` on two images.
 
+    Args:
+        config: the run.
+        state: its fresh state.
+        step: forward and backward of `_PROBE_BATCH` images.
+        num_samples: training samples.
+    """
     saved: dict[int, int] = {}
 
     def remember(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,40 +134,38 @@ def _estimate(
 
     weights = {p.untyped_storage().data_ptr() for p in state.model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        forward_backward(state.model, state.teacher, images, mask, config)
+        step()
     activations = sum(size for pointer, size in saved.items() if pointer not in weights)
-    seconds = min(_timed_step(config, state, images, mask) for _ in range(2)) / len(images)
+    seconds = min(_timed_step(state, step) for _ in range(2)) / _PROBE_BATCH
 
-    parameters = list(state.model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
-    teacher = sum(p.numel() for p in state.teacher.parameters()) if state.teacher else 0
-    state_gib = 4 * (total + 3 * trainable + teacher) / 2**30
-    activations_gib = activations / len(images) * config.batch_size_per_worker / 2**30
-    images_per_worker = (
-        config.num_steps(data.num_samples)
-        * config.data.global_batch_size
-        / config.scaling.max_workers
-    )
+    total, trainable = _count(state.model), _count(state.model, only_trainable=True)
+    average = _count(state.teacher) + _count(state.ema)
+    state_gib = 4 * (total + 3 * trainable + average) / 2**30
+    activations_gib = activations / _PROBE_BATCH * config.batch_size_per_worker / 2**30
+    num_images = config.num_steps(num_samples) * config.data.global_batch_size
     return {
         "num_parameters": total,
         "num_trainable": trainable,
-        "num_teacher": teacher,
+        "num_average": average,
         "state_gib": state_gib,
         "activations_gib": activations_gib,
         "memory_gib": state_gib + activations_gib,
         "image_s": seconds,
-        "run_s": seconds * images_per_worker,
+        "run_s": seconds * num_images / config.scaling.max_workers,
     }
 
 
-def _timed_step(
-    config: PretrainConfig, state: TrainState, images: torch.Tensor, mask: torch.Tensor
-) -> float:
+def _count(model: nn.Module | None, *, only_trainable: bool = False) -> int:
+    if model is None:
+        return 0
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not only_trainable)
+
+
+def _timed_step(state: TrainState, step: Callable[[], None]) -> float:
     start = time.perf_counter()
-    forward_backward(state.model, state.teacher, images, mask, config)
+    step()
     state.optimizer.step()
-    if images.is_cuda:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -134,12 +183,12 @@ def _check_storage(folder: RunFolder) -> str:
     return f"{folder.path} is writable"
 
 
-def _check_mlflow(config: PretrainConfig, folder: RunFolder) -> str:
+def _check_mlflow(config: TrainingConfig, folder: RunFolder) -> str:
     uri = config.tracking.uri
     if not uri:
         return f"{tracking.default_tracking_uri(folder.storage_path)} (written when the run starts)"
     try:
-        MlflowClient(uri).search_experiments(max_results=1)
+        connect(uri).search_experiments(max_results=1)
     except Exception as error:
         raise ValueError(
             f"tracking.uri='{uri}' does not answer: {error}; start the server, or leave it empty "

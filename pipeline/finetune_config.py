@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import tyro
 
@@ -284,6 +284,7 @@ class SegmentConfig(FinetuneConfig):
             )
 
 
+ConfigOfTask = TypeVar("ConfigOfTask", bound=FinetuneConfig)
 CONFIG_CLASSES: dict[Task, type[FinetuneConfig]] = {
     "classify": ClassifyConfig,
     "detect": DetectConfig,

@@ -13,7 +13,7 @@ import time
 
 from pipeline import tracking
 from pipeline.cluster import REPO_ROOT
-from pipeline.config import PretrainConfig
+from pipeline.config import TrainingConfig
 from pipeline.config_values import flatten_config
 from pipeline.reproducibility import environment, git_commit
 from pipeline.run_folder import RunFolder
@@ -30,7 +30,7 @@ class MlflowRun:
         folder: its folder.
     """
 
-    def __init__(self, config: PretrainConfig, folder: RunFolder) -> None:
+    def __init__(self, config: TrainingConfig, folder: RunFolder) -> None:
         self.config = config
         self.folder = folder
         self.uri = config.tracking.uri or tracking.default_tracking_uri(folder.storage_path)

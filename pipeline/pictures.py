@@ -9,23 +9,20 @@ of the teacher's targets, and the prediction projected on the same three.
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from models.mfm import normalize_features
 from models.pretraining import PretrainingModel
 from models.teacher import EMATeacher
 from models.tokens import gather_tokens, patchify, split_tokens, unpatchify
+from pipeline.picture_grid import picture_grid, png_bytes
 from pipeline.pretrain_evaluation import reconstruct
 
 PICTURE_STRIDE = 8  # 2x2 colours a token: finer than stage 16, less noisy than stage 4
 _GREY = 0.75
-_GAP = 4
-_HEADER = 22
 
 
 @torch.no_grad()
@@ -106,21 +103,14 @@ def _feature_colours(
 
 
 def _compose(columns: dict[str, Tensor], tile_px: int) -> bytes:
-    rows = next(iter(columns.values())).shape[0]
     base = next(iter(columns.values())).shape[-1]
     side = base * max(1, -(-tile_px // base))
-    width = len(columns) * (side + _GAP) + _GAP
-    canvas = Image.new("RGB", (width, _HEADER + rows * (side + _GAP) + _GAP), "white")
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=13)
-    for i, (name, tiles) in enumerate(columns.items()):
-        x = _GAP + i * (side + _GAP)
-        draw.text((x + side / 2, _HEADER / 2), name, fill="black", font=font, anchor="mm")
-        for j, tile in enumerate(tiles):
-            pixels = (tile.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-            image = Image.fromarray(np.ascontiguousarray(pixels))
-            image = image.resize((side, side), Image.Resampling.NEAREST)
-            canvas.paste(image, (x, _HEADER + _GAP + j * (side + _GAP)))
-    buffer = io.BytesIO()
-    canvas.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    drawn = [[_tile(image, side) for image in images] for images in columns.values()]
+    rows = list(zip(*drawn, strict=True))
+    return png_bytes(picture_grid(rows, list(columns)))
+
+
+def _tile(image: Tensor, side: int) -> Image.Image:
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    tile = Image.fromarray(np.ascontiguousarray(pixels))
+    return tile.resize((side, side), Image.Resampling.NEAREST)

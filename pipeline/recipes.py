@@ -7,7 +7,6 @@ pixel objective.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 from pipeline.config import (
@@ -102,16 +101,3 @@ PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     "pixel-base-in1k": pixel_base_in1k,
     "pixel-large-in1k": pixel_large_in1k,
 }
-
-
-def get_recipe(name: str) -> PretrainConfig:
-    """The config of a named recipe.
-
-    Raises:
-        ValueError: no such recipe; names the nearest one and all known ones.
-    """
-    if name not in PRETRAIN_RECIPES:
-        near = difflib.get_close_matches(name, PRETRAIN_RECIPES, n=1, cutoff=0.4)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
-        raise ValueError(f"unknown recipe '{name}'{hint} Known: {', '.join(PRETRAIN_RECIPES)}")
-    return PRETRAIN_RECIPES[name]()

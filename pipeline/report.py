@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import tracking
-from pipeline.config import PretrainConfig
+from pipeline.config import PretrainConfig, TrainingConfig
+from pipeline.finetune_config import FinetuneConfig
 from pipeline.reproducibility import environment, git_commit
 from pipeline.run_folder import RunFolder
 
@@ -42,20 +43,42 @@ def final_report(config: PretrainConfig, summary: dict[str, Any]) -> str:
                 f"{m[f'val/baseline_mfm{s}']:.4f}   ratio {m[f'val/mfm{s}_loss_over_baseline']:.3f}"
             )
         lines.append(f"       all stages, ratio {summary['mfm_loss_over_baseline']:.3f}")
+    weights = f"encoder   {folder.path / folder.export_file}"
+    return "\n".join([*lines, *_ending(config, summary, "reconstructions", weights)])
+
+
+def final_finetune_report(config: FinetuneConfig, summary: dict[str, Any]) -> str:
+    """The scores, where things are, how to open MLflow."""
+    folder = RunFolder(config)
+    metrics = summary["metrics"]
+    scores = {k: v for k, v in metrics.items() if k.startswith("val/") and k != "val/num_samples"}
+    shown = [f"  {key.removeprefix('val/'):20s}{value:8.2f}" for key, value in scores.items()]
+    weights = f"model     {folder.path / folder.export_file}"
+    return "\n".join(
+        [
+            "",
+            f"{config.task} from {summary['init']}: {summary['metric']} = {summary['value']:.2f} "
+            f"on {metrics['val/num_samples']:.0f} validation images",
+            *shown,
+            *_ending(config, summary, "predictions", weights),
+        ]
+    )
+
+
+def _ending(config: TrainingConfig, summary: dict[str, Any], kind: str, weights: str) -> list[str]:
+    """What the report of every run ends with."""
+    folder = RunFolder(config)
+    lines = []
     if summary["bad_samples"]:
         shown = ", ".join(summary["bad_samples"][:5])
         lines.append(f"bad samples, left out and listed in quarantine.parquet: {shown}")
     uri = config.tracking.uri or tracking.default_tracking_uri(folder.storage_path)
-    lines += [
+    pictures = sorted((folder.path / kind).glob("*.png"))
+    return [
+        *lines,
         f"{summary['steps']} steps in {summary['wall_s']:.0f} s, "
         f"{summary['images_per_s']:.1f} images/s, {summary['data_wait_frac']:.0%} waiting for data",
-        f"picture   {_last_picture(folder.path)}",
-        f"encoder   {folder.path / 'encoder.safetensors'}",
+        f"picture   {pictures[-1] if pictures else 'none'}",
+        weights,
         f"MLflow    {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}",
     ]
-    return "\n".join(lines)
-
-
-def _last_picture(run_path: Path) -> Path | str:
-    pictures = sorted((run_path / "reconstructions").glob("*.png"))
-    return pictures[-1] if pictures else "none"

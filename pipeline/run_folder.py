@@ -1,8 +1,8 @@
 """The folder of a run: what lies where, and whether the same command may go on in it.
 
 `<run.storage_path>/<run.name>/` holds config.json, state.json (MLflow run id, status),
-metrics.jsonl, events.jsonl (starts, checkpoints, faults), checkpoints/, reconstructions/, and at
-the end encoder.safetensors and summary.json.
+metrics.jsonl, events.jsonl (starts, checkpoints, faults), checkpoints/, pictures by kind, and at
+the end encoder.safetensors (a fine-tuning run: model.safetensors) and summary.json.
 """
 
 from __future__ import annotations
@@ -14,17 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.checkpoint import ENCODER_FILE
-from pipeline.config import PretrainConfig
+from pipeline.checkpoint import ENCODER_FILE, MODEL_FILE
+from pipeline.config import PretrainConfig, TrainingConfig
 from pipeline.config_values import config_diff, config_to_dict
 from pipeline.quarantine import QUARANTINE_FILE
+
+CONFIG_FILE = "config.json"
+CLASSES_FILE = "classes.json"
+"""What a fine-tuned model predicts."""
 
 
 class RunFolder:
     """Paths and small files of one run."""
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: TrainingConfig) -> None:
         self.config = config
+        self.export_file = ENCODER_FILE if isinstance(config, PretrainConfig) else MODEL_FILE
+        """Weights to go on with, in the folder and in each checkpoint."""
         self.storage_path = Path(config.run.storage_path).absolute()
         self.path = self.storage_path / config.run.name
         self.checkpoints = str(self.path / "checkpoints")
@@ -34,7 +40,7 @@ class RunFolder:
         self.non_finite_dumps = self.path / "nonfinite"
         self.summary_file = self.path / "summary.json"
         self.environment_file = self.path / "environment.json"
-        self._config_file = self.path / "config.json"
+        self._config_file = self.path / CONFIG_FILE
         self._state_file = self.path / "state.json"
 
     def check(self) -> None:
@@ -69,6 +75,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self._config_file, config_to_dict(self.config))
 
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file of the folder, replacing an older one in one go."""
+        _write(self.path / name, content)
+
     def withdraw(self) -> None:
         """Undo `open` for a run that never started, so that it holds no other to its config."""
         self._config_file.unlink(missing_ok=True)
@@ -91,15 +101,15 @@ class RunFolder:
         _write(self._state_file, {**self.state, **facts})
 
     def finish(self, summary: dict[str, Any], checkpoint: Path) -> None:
-        """Publish the encoder, then the summary that marks the run as finished."""
-        shutil.copyfile(checkpoint / ENCODER_FILE, self.path / ENCODER_FILE)
+        """Publish the weights, then the summary that marks the run as finished."""
+        shutil.copyfile(checkpoint / self.export_file, self.path / self.export_file)
         _write(self.summary_file, summary)
 
     def files_for_artifacts(self) -> list[Path]:
         """Small files worth a copy in MLflow at the end of the run."""
         names = (
-            *("config.json", "metrics.jsonl", "events.jsonl", "summary.json", "environment.json"),
-            *(QUARANTINE_FILE, ENCODER_FILE),
+            *(CONFIG_FILE, "metrics.jsonl", "events.jsonl", "summary.json", "environment.json"),
+            *(QUARANTINE_FILE, CLASSES_FILE, self.export_file),
         )
         return [self.path / name for name in names]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from models.pretraining import PretrainingModel, create_pretraining_model
+from models.pretraining import create_pretraining_model
 from models.teacher import EMATeacher
 from pipeline.checkpoint import Checkpointer, load_state, step_of
 from pipeline.config import PretrainConfig
@@ -36,9 +36,13 @@ class Worker(NamedTuple):
 class TrainState:
     """Everything a checkpoint must hold to continue as if nothing had happened."""
 
-    model: PretrainingModel
+    model: Any
+    """A PretrainingModel, or a downstream model."""
     teacher: EMATeacher | None
+    """Of pre-training with MFM."""
     optimizer: torch.optim.Optimizer
+    ema: Any = None
+    """Moving average of the weights (timm's ModelEmaV3) of fine-tuning that asks for one."""
     step: int = 0
     """Steps done, skipped ones among them; also the cursor in the sample stream."""
     skipped_steps: int = 0
@@ -76,6 +80,7 @@ class TrainState:
         return {
             "model": self.model.state_dict(),
             "teacher": self.teacher.state_dict() if self.teacher else {},
+            "ema": self.ema.state_dict() if self.ema is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "skipped_steps": self.skipped_steps,
@@ -89,6 +94,8 @@ class TrainState:
         self.model.load_state_dict(state["model"])
         if self.teacher:
             self.teacher.load_state_dict(state["teacher"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.skipped_steps = state["skipped_steps"]

@@ -6,11 +6,9 @@ images) are returned, not raised. Raised, Ray Train would restart the workers an
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -19,13 +17,12 @@ import ray.train.collective
 import ray.train.torch
 
 from pipeline import tracking
+from pipeline.between_steps import Hooks
 from pipeline.checkpoint import Checkpointer, Saved
-from pipeline.config import PretrainConfig
-from pipeline.config_values import config_from_dict, config_hash
-from pipeline.data import SampleFactory, SyntheticBatches, TrainingBatches
+from pipeline.config import TrainingConfig
+from pipeline.config_values import config_hash
 from pipeline.logbook import Logbook, fault_metrics, give_up_message
 from pipeline.nonfinite import NonFiniteLossError
-from pipeline.pretrain import Batch, Hooks, pretrain
 from pipeline.quarantine import (
     QUARANTINE_FILE,
     BadSample,
@@ -45,7 +42,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     worker = Worker(
         context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
     )
-    session = WorkerSession(job, worker)
+    session: WorkerSession = job["session"](job, worker)
     if (refusal := session.sign_on()) is not None:
         return {"error": refusal}
     try:
@@ -64,16 +61,19 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
 class WorkerSession:
     """One worker's part in a run, from a start of the worker group to its end.
 
+    What is trained, a subclass says: `PretrainSession`, `FinetuneSession`.
+
     Args:
-        job: what the driver sent (see `trainer.run_pretraining`).
+        job: what the driver sent (see `trainer.run_training`).
         worker: this process.
+        config: the run.
     """
 
-    def __init__(self, job: dict[str, Any], worker: Worker) -> None:
+    def __init__(self, job: dict[str, Any], worker: Worker, config: TrainingConfig) -> None:
         self.job = job
         self.worker = worker
-        self.config = config_from_dict(PretrainConfig, job["config"])
-        self.folder = RunFolder(self.config)
+        self.config = config
+        self.folder = RunFolder(config)
         self.logbook = Logbook(self.folder.events_file)
         run_id = job["mlflow"]["run_id"]
         self.checkpointer = run_checkpointer(self.config, self.folder, run_id, warn=self._say)
@@ -86,6 +86,10 @@ class WorkerSession:
         self._saved_at = time.monotonic()
         self._preempted: list[str] = []
 
+    def train(self, hooks: Hooks) -> dict[str, Any]:
+        """Run the loop; returns what it returns."""
+        raise NotImplementedError
+
     def sign_on(self) -> str | None:
         """Note the start; on every worker, why the run must not go on once more, or None."""
         refusal = None
@@ -97,14 +101,8 @@ class WorkerSession:
 
     def run(self) -> dict[str, Any]:
         """Train; the summary of the loop, or {"error": why it is none}."""
-        outcome = pretrain(
-            self.config,
-            num_samples=self.job["num_samples"],
-            batches_from=self._batches_from,
-            evaluation_batch=self._evaluation_batch(),
-            checkpointer=self.checkpointer,
-            worker=self.worker,
-            hooks=Hooks(
+        outcome = self.train(
+            Hooks(
                 on_start=self._on_start,
                 on_metrics=self._on_metrics,
                 wants_checkpoint=self._wants_checkpoint,
@@ -112,7 +110,7 @@ class WorkerSession:
                 on_picture=self._on_picture,
                 on_checkpoint=self._on_checkpoint,
                 on_non_finite=self._on_non_finite,
-            ),
+            )
         )
         self._note_checkpoints()
         if self._failed is not None and (
@@ -131,24 +129,6 @@ class WorkerSession:
         if self._tracker is not None:
             self._note_checkpoints()
             self._tracker.close()
-
-    def _batches_from(self, step: int) -> Iterable[Batch]:
-        if self.config.data.synthetic:
-            return SyntheticBatches(self.config)
-        return TrainingBatches(
-            self.config,
-            self.job["train_index"][0],
-            rank=self.worker.rank,
-            world_size=self.worker.world_size,
-            start_step=step,
-            num_steps=self.config.num_steps(self.job["num_samples"]),
-        )
-
-    def _evaluation_batch(self) -> Batch:
-        if self.config.data.synthetic:
-            return SyntheticBatches(self.config).batch
-        held_out = SampleFactory.build(self.config, ray.get(self.job["val_index"][0]))
-        return held_out.evaluation_batch(self.worker.rank, self.worker.world_size)
 
     def _on_start(self, step: int) -> None:
         if not self.worker.is_rank_zero:
@@ -207,10 +187,10 @@ class WorkerSession:
         except OSError as error:  # a full disk; all of them are written again with the next one
             self._say(f"{self._quarantine_file} was not written: {error}; training goes on")
 
-    def _on_picture(self, step: int, png: bytes) -> None:
+    def _on_picture(self, step: int, kind: str, png: bytes) -> None:
         assert self._tracker is not None, "on_start comes first"
         try:
-            self._tracker.log_picture(step, png)
+            self._tracker.log_picture(step, kind, png)
         except OSError as error:  # a full disk
             self._say(f"the picture of step {step} was not saved: {error}; training goes on")
 
@@ -247,29 +227,14 @@ class WorkerSession:
         return metrics
 
     def _on_non_finite(self, dump: dict[str, Any]) -> None:
-        """Leave a dump that replays under nonfinite/."""
-        folder = self.folder.non_finite_dumps
-        writer = Checkpointer(folder, keep=1, facts=self.checkpointer.facts)
-        prefix = "encoder."
-        encoder = {
-            k.removeprefix(prefix): v for k, v in dump["model"].items() if k.startswith(prefix)
-        }
-        writer.save(dump["step"], dump, encoder)
-        writer.wait()
-        if (failed := writer.finished()[-1].error) is not None:
-            self.postscript = f". The dump was not written: {failed}"
-            return
-        path = writer.fetch(dump["step"])
-        with contextlib.suppress(OSError):  # to read by eye; the state holds it, too
-            (path / "streak.json").write_text(json.dumps(dump["streak"], indent=1))
-        self.postscript = f". To look into it: python -m jobs.replay {path}"
+        """A run is about to end because of steps that are not finite."""
 
     def _say(self, text: str) -> None:
         self.job["board"].say.remote(text)
 
 
 def run_checkpointer(
-    config: PretrainConfig,
+    config: TrainingConfig,
     folder: RunFolder,
     mlflow_run_id: str,
     warn: Callable[[str], None] = logger.warning,
@@ -277,7 +242,7 @@ def run_checkpointer(
     """The checkpoints of a run."""
     run = config.run
     facts = {
-        "model": config.model.name,
+        "model": config.model_name,
         "image_size": str(config.data.image_size),
         "run": run.name,
         "config_hash": config_hash(config),
@@ -289,4 +254,5 @@ def run_checkpointer(
         keep_every_steps=run.keep_every_steps,
         facts=facts,
         warn=warn,
+        export_file=folder.export_file,
     )

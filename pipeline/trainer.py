@@ -1,8 +1,9 @@
-"""Ray Train wiring: from a config to a finished run.
+"""Ray Train wiring: from a config to a finished run, whatever it trains.
 
-`run_pretraining` is the driver: it checks everything a user can get wrong, opens the MLflow run,
+`run_training` is the driver: it checks everything a user can get wrong, opens the MLflow run,
 starts a `TorchTrainer`, shows progress, and closes the run with the right status. What each worker
-then executes is in `train_worker.py`.
+then executes is in `train_worker.py`; what is particular to pre-training and to fine-tuning in
+`pretraining_run.py` and `finetuning_run.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -17,14 +20,14 @@ import ray.train
 import ray.train.torch
 
 from pipeline.cluster import cluster
-from pipeline.config import PretrainConfig
+from pipeline.config import TrainingConfig
 from pipeline.config_values import apply_overrides, config_to_dict
-from pipeline.datasets import DataSets
 from pipeline.logbook import Logbook, fault_metrics
 from pipeline.mlflow_run import MlflowRun
 from pipeline.progress import ProgressDisplay, create_board
 from pipeline.run_folder import RunFolder
-from pipeline.train_worker import run_checkpointer, train_worker
+from pipeline.sources import Index
+from pipeline.train_worker import WorkerSession, run_checkpointer, train_worker
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.25
@@ -53,8 +56,34 @@ class _Trainer(ray.train.torch.TorchTrainer):
         return callbacks
 
 
-def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
-    """Run, or resume, a pre-training run; returns its summary.
+@dataclass(frozen=True)
+class RunPlan:
+    """What is particular to a kind of run."""
+
+    session: type[WorkerSession]
+    """What each worker does."""
+    num_samples: int
+    """Training samples."""
+    header: str
+    """What the run prints first."""
+    train: Index | None
+    val: Index | None
+    job: dict[str, Any]
+    """Further things the session finds in its job; what is large goes through `shared`."""
+    shared: dict[str, Any]
+    """Put into the object store once; the session finds references, each in a list."""
+    headline: Callable[[dict[str, float]], dict[str, Any]]
+    """Figures for summary.json, from the last metrics."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """JSON files for the run's folder."""
+
+
+def run_training(config: TrainingConfig, make_plan: Callable[[], RunPlan]) -> dict[str, Any]:
+    """Run, or resume, a run; returns its summary.
+
+    Args:
+        config: the run.
+        make_plan: opens and checks data and weights; called when the run folder is known to be fit.
 
     Raises:
         ValueError: anything in the config, the data or the run folder a user can fix.
@@ -65,9 +94,11 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
     mlflow_run = MlflowRun(config, folder)
     mlflow_run.deliver_late()
     folder.check()
-    data = DataSets.open(config)
-    run_id = mlflow_run.open(num_samples=data.num_samples)
-    logger.info(describe(config, data))
+    plan = make_plan()
+    run_id = mlflow_run.open(num_samples=plan.num_samples)
+    for name, content in plan.files.items():
+        folder.write(name, content)
+    logger.info(plan.header)
 
     checkpoints = run_checkpointer(config, folder, run_id)
     logbook = Logbook(folder.events_file)
@@ -75,11 +106,13 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
     status, start = "FAILED", time.time()
     try:
         with cluster(config):
-            outcome = _fit(config, data, folder, mlflow_run.uri, run_id)
+            outcome = _fit(config, plan, folder, mlflow_run.uri, run_id)
         if outcome["is_stopped"]:
             raise KeyboardInterrupt
         faults = fault_metrics(logbook.read())
-        summary = _summarise(config, outcome, run_id, faults, wall_s=time.time() - start)
+        headline = plan.headline(outcome["metrics"])
+        wall_s = time.time() - start
+        summary = _summarise(config, outcome, headline, run_id, faults, wall_s=wall_s)
         checkpoint = checkpoints.latest()
         assert checkpoint is not None, "the last step always writes a checkpoint"
         folder.finish(summary, checkpoint)
@@ -93,42 +126,43 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
     return summary
 
 
-def describe(config: PretrainConfig, data: DataSets) -> str:
-    """The header of a run: data, batch and learning-rate arithmetic."""
+def describe_batches(config: TrainingConfig, num_samples: int, kind: str = "images") -> str:
+    """Two lines of a header: data, batch and learning-rate arithmetic."""
     batch, scaling = config.data.global_batch_size, config.scaling
     workers = f"{scaling.max_workers} workers"
     if scaling.min_workers < scaling.max_workers:
         workers = f"{scaling.min_workers} to {workers}"
-    steps = config.num_steps(data.num_samples)
+    steps = config.num_steps(num_samples)
     lr = f"{config.lr:.3g}"
     if config.optim.lr is None:
         lr = f"{config.optim.base_lr:.3g} x {batch} / 256 = {lr}"
-    epochs = steps * batch / data.num_samples
-    kind = "synthetic images" if config.data.synthetic else "images"
+    epochs = steps * batch / num_samples
     return (
-        f"run '{config.run.name}': {config.model.name} at {config.data.image_size} px on "
-        f"{data.num_samples} {kind}, {steps} steps ({epochs:.4g} epochs)\n"
+        f"run '{config.run.name}': {config.model_name} at {config.data.image_size} px on "
+        f"{num_samples} {kind}, {steps} steps ({epochs:.4g} epochs)\n"
         f"global batch {batch} = {config.num_micro_batches} micro-batches of "
-        f"{config.batch_size_per_worker} over {workers}; learning rate {lr}; "
-        f"{config.num_visible} of {config.data.num_patches} patches visible"
+        f"{config.batch_size_per_worker} over {workers}; learning rate {lr}"
     )
 
 
 def _fit(
-    config: PretrainConfig, data: DataSets, folder: RunFolder, uri: str, run_id: str
+    config: TrainingConfig, plan: RunPlan, folder: RunFolder, uri: str, run_id: str
 ) -> dict[str, Any]:
     """Fit in a thread, so that this one can show progress and take Ctrl-C."""
     board = create_board()
     # Workers run in a folder of Ray's, so relative paths end here.
     absolute = apply_overrides(config, {"run.storage_path": str(folder.storage_path)})
     job = {
+        "session": plan.session,
         "config": config_to_dict(absolute),
-        "num_samples": data.num_samples,
-        "train_index": [ray.put(data.train)],  # in lists: handed on as references
-        "val_index": [ray.put(data.val)],
-        "bad_files": [bad for index in (data.train, data.val) if index for bad in index.bad_files],
+        "num_samples": plan.num_samples,
+        "train_index": [ray.put(plan.train)],  # in lists: handed on as references
+        "val_index": [ray.put(plan.val)],
+        "bad_files": [bad for index in (plan.train, plan.val) if index for bad in index.bad_files],
         "mlflow": {"uri": uri, "run_id": run_id},
         "board": board,
+        **plan.job,
+        **{key: [ray.put(value)] for key, value in plan.shared.items()},
     }
     trainer = _Trainer(
         train_worker,
@@ -160,7 +194,7 @@ def _fit(
             is_done.set()
 
     threading.Thread(target=fit, name="fit", daemon=True).start()
-    with ProgressDisplay(config.num_steps(data.num_samples)) as display:
+    with ProgressDisplay(config.num_steps(plan.num_samples)) as display:
         _follow(is_done, board, display)
     if "error" in result:
         raise RunFailedError(
@@ -199,7 +233,7 @@ def _show_news(board: Any, display: ProgressDisplay) -> None:
         display.show(step, metrics)
 
 
-def _worker_resources(config: PretrainConfig) -> dict[str, float]:
+def _worker_resources(config: TrainingConfig) -> dict[str, float]:
     scaling = config.scaling
     resources = {"CPU": scaling.cpus_per_worker}
     resources |= {"GPU": 1.0} if scaling.use_gpu else {}
@@ -217,28 +251,27 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _summarise(
-    config: PretrainConfig,
+    config: TrainingConfig,
     outcome: dict[str, Any],
+    headline: dict[str, Any],
     run_id: str,
     faults: dict[str, float],
     *,
     wall_s: float,
 ) -> dict[str, Any]:
     """Content of summary.json."""
-    metrics = outcome["metrics"]
     return {
         "run": config.run.name,
         "steps": outcome["steps"],
         "wall_s": round(wall_s, 2),
         "images_per_s": outcome["images_per_s"],
         "data_wait_frac": outcome["data_wait_frac"],
-        "mim_loss_over_baseline": metrics["val/mim_loss_over_baseline"],
-        "mfm_loss_over_baseline": metrics.get("val/mfm_loss_over_baseline"),
+        **headline,
         "mlflow_run_id": run_id,
         "bad_samples": outcome["bad_samples"],
         "skipped_steps": outcome["skipped_steps"],
         "restarts": int(faults["fault/restarts"]),
         "lost_steps": int(faults["fault/lost_steps"]),
         "total_wall_s": round(faults["fault/wall_s"], 2),
-        "metrics": metrics,
+        "metrics": outcome["metrics"],
     }

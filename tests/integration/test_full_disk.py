@@ -12,8 +12,9 @@ import pytest
 from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.logbook import Logbook
+from pipeline.pretraining_run import run_pretraining
 from pipeline.run_folder import RunFolder
-from pipeline.trainer import RunFailedError, run_pretraining
+from pipeline.trainer import RunFailedError
 from tests.pipeline.storage_faults import small_disk
 
 pytestmark = [

@@ -16,11 +16,12 @@ from models.weights import load_weights
 from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides, config_to_dict
 from pipeline.data import SampleFactory, TrainingBatches, micro_batches, sample_stream
+from pipeline.pretraining_run import run_pretraining
 from pipeline.quarantine import QUARANTINE_FILE, read_quarantine
 from pipeline.reproducibility import stable_id
 from pipeline.sources import build_index
 from pipeline.tracking import default_tracking_uri
-from pipeline.trainer import RunFailedError, run_pretraining
+from pipeline.trainer import RunFailedError
 from tests.pipeline.samples import (
     bad_images,
     encode,

@@ -22,8 +22,9 @@ from mlflow import MlflowClient
 from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.metrics_file import read_records
+from pipeline.pretraining_run import run_pretraining
 from pipeline.run_folder import RunFolder
-from pipeline.trainer import RunFailedError, run_pretraining
+from pipeline.trainer import RunFailedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.faults]
 _START_TIMEOUT_S = 120.0

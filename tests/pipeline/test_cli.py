@@ -7,15 +7,15 @@ import re
 
 import pytest
 
-from pipeline.cli import parse_recipe_command
+from pipeline.cli import get_recipe, parse_recipe_command
 from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
-from pipeline.recipes import PRETRAIN_RECIPES, debug, get_recipe
+from pipeline.recipes import PRETRAIN_RECIPES, debug
 
 
 def parse(*argv: str) -> PretrainConfig:
     return parse_recipe_command(
-        PRETRAIN_RECIPES, get_recipe, argv, prog="pretrain.py", description="Pre-train."
+        PRETRAIN_RECIPES, argv, prog="pretrain.py", description="Pre-train."
     )
 
 
@@ -64,7 +64,7 @@ def test_other_numbers_of_workers_exit_with_2(
 
 @pytest.mark.parametrize("name", PRETRAIN_RECIPES)
 def test_recipe_without_overrides_is_the_recipe(name: str) -> None:
-    assert parse(name) == get_recipe(name)
+    assert parse(name) == get_recipe(PRETRAIN_RECIPES, name)
 
 
 def test_dry_run_needs_no_prefix() -> None:

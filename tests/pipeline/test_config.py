@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.cli import get_recipe
 from pipeline.config import PretrainConfig
 from pipeline.config_values import (
     apply_overrides,
@@ -19,12 +20,12 @@ from pipeline.config_values import (
     config_to_dict,
     flatten_config,
 )
-from pipeline.recipes import PRETRAIN_RECIPES, debug, demo, get_recipe
+from pipeline.recipes import PRETRAIN_RECIPES, debug, demo
 
 
 @pytest.mark.parametrize("name", PRETRAIN_RECIPES)
 def test_recipe_survives_the_trip_through_json(name: str) -> None:
-    config = get_recipe(name)
+    config = get_recipe(PRETRAIN_RECIPES, name)
     text = json.dumps(config_to_dict(config))
     assert config_from_dict(PretrainConfig, json.loads(text)) == config
 
@@ -266,7 +267,7 @@ def test_steps_follow_from_epochs_rounded_down_and_are_at_least_one() -> None:
     ],
 )
 def test_imagenet_recipes_carry_the_numbers_of_the_paper(name: str, model: str) -> None:
-    config = get_recipe(name)
+    config = get_recipe(PRETRAIN_RECIPES, name)
     assert config.model.name == model
     assert config.lr == pytest.approx(2.4e-3)
     assert config.data.global_batch_size == 4096
@@ -287,7 +288,7 @@ def test_unknown_recipe_names_the_nearest_one() -> None:
     with pytest.raises(
         ValueError, match="unknown recipe 'pixel-base'; did you mean 'pixel-base-in"
     ):
-        get_recipe("pixel-base")
+        get_recipe(PRETRAIN_RECIPES, "pixel-base")
 
 
 def test_diff_shows_a_changed_lr_and_nothing_that_cannot_change_results() -> None:

@@ -10,10 +10,10 @@ import torch
 from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides, config_to_dict
 from pipeline.mlflow_run import MlflowRun
+from pipeline.pretraining_run import PretrainSession
 from pipeline.quarantine import BadSample, read_quarantine
 from pipeline.run_folder import RunFolder
 from pipeline.train_state import Worker
-from pipeline.train_worker import WorkerSession
 from tests.pipeline.storage_faults import fill_disk, small_disk
 
 
@@ -43,7 +43,7 @@ def test_pictures_and_quarantine_without_room_are_told_and_stop_nothing(
             "board": said,
             "bad_files": [],
         }
-        session = WorkerSession(job, Worker(0, 1, torch.device("cpu")))
+        session = PretrainSession(job, Worker(0, 1, torch.device("cpu")))
         session._on_start(0)
         filler = fill_disk(disk, 0)
         bad = [BadSample(f"{i}.jpg", i, "OSError", "cut") for i in range(2)]

@@ -1,0 +1,149 @@
+"""Where the weights of a fine-tuning run come from: reading what `--init` names.
+
+Surprising: the driver reads them, once, and the workers get them through Ray's object store; so the
+path needs to exist on one machine only.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+from torch import Tensor, nn
+
+from models.weights import LoadReport, load_weights, read_state_dict
+from pipeline import storage
+from pipeline.checkpoint import ENCODER_FILE, STATE_FILE
+from pipeline.config_values import apply_overrides
+from pipeline.finetune_config import SCRATCH, ConfigOfTask, InitConfig, task_of
+from pipeline.run_folder import CONFIG_FILE
+
+_SUFFIXES = (".safetensors", ".pth", ".pt")
+_NECK = ("pyramid.", "encoder.pyramid.")
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """What a fine-tuning run starts from."""
+
+    state: dict[str, Tensor] | None
+    """Tensors in the official layout or ours; None for random weights."""
+    source: str
+    """Where they are from, for people."""
+    model_name: str = ""
+    """Variant of the run they are from; empty when nothing says."""
+    image_size: int | None = None
+    """Side in pixels of the images of that run; None when nothing says."""
+
+
+def read_initial_weights(init: InitConfig) -> InitialWeights:
+    """Read what `--init` names.
+
+    Raises:
+        ValueError: nothing is named, or what is named holds no weights to start from.
+        FileNotFoundError: it does not exist.
+    """
+    path = init.path.rstrip("/")
+    if not path:
+        raise ValueError(
+            "--init is not given; name a pre-training run, one of its checkpoints or a weights "
+            f"file, or say '--init {SCRATCH}' to train from random weights"
+        )
+    if init.is_scratch:
+        return InitialWeights(None, "random weights (--init scratch)")
+    filesystem, root = storage.resolve(path)
+    info = storage.with_retries(lambda: filesystem.get_file_info(root), path)
+    if info.type == fs.FileType.NotFound:
+        raise FileNotFoundError(f"--init '{path}' does not exist; give a run folder or a file")
+    facts: dict[str, Any] = {}
+    if info.type == fs.FileType.Directory:
+        facts = _config_beside(filesystem, root)
+        root = _weights_in(filesystem, root, path, facts)
+    state = _read(filesystem, root)
+    if not init.neck:
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(_NECK)}
+    return InitialWeights(
+        state,
+        f"{path} (backbone only)" if not init.neck else path,
+        facts.get("model", {}).get("name", ""),
+        facts.get("data", {}).get("image_size"),
+    )
+
+
+def _config_beside(filesystem: fs.FileSystem, root: str) -> dict[str, Any]:
+    """The run's config, from its folder or from two folders above a checkpoint; empty if none."""
+    parts = root.split("/")
+    for folder in (root, "/".join(parts[:-2])):
+        path = f"{folder}/{CONFIG_FILE}"
+        if filesystem.get_file_info(path).type == fs.FileType.File:
+            values: dict[str, Any] = json.loads(storage.read_bytes(filesystem, path))
+            return values
+    return {}
+
+
+def _weights_in(filesystem: fs.FileSystem, root: str, path: str, facts: dict[str, Any]) -> str:
+    """The encoder of a run folder or checkpoint; of an unfinished run the newest checkpoint's."""
+    if task_of(facts) is not None:
+        raise ValueError(
+            f"--init '{path}' is a fine-tuning run; give the pre-training run it started from"
+        )
+    here = f"{root}/{ENCODER_FILE}"
+    if filesystem.get_file_info(here).type == fs.FileType.File:
+        return here
+    selector = fs.FileSelector(f"{root}/checkpoints", recursive=True, allow_not_found=True)
+    found = [info.path for info in filesystem.get_file_info(selector)]
+    encoders = sorted(p for p in found if p.endswith(f"/{ENCODER_FILE}") and "/." not in p)
+    if encoders:
+        return encoders[-1]
+    raise ValueError(
+        f"--init '{path}' holds no {ENCODER_FILE} and no checkpoint with one; give the folder of a "
+        f"pre-training run, or a weights file ({', '.join(_SUFFIXES)})"
+    )
+
+
+def _read(filesystem: fs.FileSystem, path: str) -> dict[str, Tensor]:
+    if path.endswith(f"/{STATE_FILE}") or not path.endswith(_SUFFIXES):
+        raise ValueError(
+            f"--init '{path}' is no weights file; give one of {', '.join(_SUFFIXES)} (of a "
+            f"checkpoint its {ENCODER_FILE})"
+        )
+    if storage.is_local(filesystem):
+        return read_state_dict(path)
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / path.rsplit("/", 1)[-1]
+        local.write_bytes(storage.read_bytes(filesystem, path))
+        return read_state_dict(local)
+
+
+def with_model_name(config: ConfigOfTask, weights: InitialWeights) -> ConfigOfTask:
+    """The config with the variant of the pre-training run, where it names none itself.
+
+    Raises:
+        ValueError: neither says which variant, or they differ.
+    """
+    name, found = config.model.name, weights.model_name
+    if name and found and name != found:
+        raise ValueError(
+            f"model.name='{name}', but {weights.source} holds a {found}; leave --model.name out"
+        )
+    if not (name or found):
+        raise ValueError(
+            f"model.name is empty and {weights.source} does not say which variant it is; give "
+            "--model.name"
+        )
+    return apply_overrides(config, {"model.name": name or found})
+
+
+def load_initial_weights(model: nn.Module, weights: InitialWeights) -> LoadReport | None:
+    """Load them into a downstream model; None for random weights.
+
+    Raises:
+        ValueError: they do not fit, with the keys or the report (see `models.weights`).
+    """
+    if weights.state is None:
+        return None
+    return load_weights(model, weights.state)

@@ -1,0 +1,123 @@
+"""A pre-training run on Ray: its data, what each worker does, its figures.
+
+The loop itself is in `pretrain.py`, the driver in `trainer.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import ray
+
+from pipeline.between_steps import Hooks
+from pipeline.checkpoint import Checkpointer
+from pipeline.config import PretrainConfig
+from pipeline.config_values import config_from_dict
+from pipeline.data import SampleFactory, SyntheticBatches, TrainingBatches
+from pipeline.datasets import DataSets
+from pipeline.pretrain import Batch, pretrain
+from pipeline.train_state import Worker
+from pipeline.train_worker import WorkerSession
+from pipeline.trainer import RunPlan, describe_batches, run_training
+
+
+def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
+    """Run, or resume, a pre-training run; returns its summary.
+
+    Raises:
+        ValueError: anything in the config, the data or the run folder a user can fix.
+        RunFailedError: training failed.
+        KeyboardInterrupt: the run was interrupted; its newest checkpoint is kept.
+    """
+    return run_training(config, lambda: _plan(config))
+
+
+def _plan(config: PretrainConfig) -> RunPlan:
+    data = DataSets.open(config)
+    return RunPlan(
+        session=PretrainSession,
+        num_samples=data.num_samples,
+        header=describe(config, data),
+        train=data.train,
+        val=data.val,
+        job={},
+        shared={},
+        headline=lambda metrics: {
+            "mim_loss_over_baseline": metrics["val/mim_loss_over_baseline"],
+            "mfm_loss_over_baseline": metrics.get("val/mfm_loss_over_baseline"),
+        },
+    )
+
+
+def describe(config: PretrainConfig, data: DataSets) -> str:
+    """The header of a run: data, batch and learning-rate arithmetic, patches."""
+    kind = "synthetic images" if config.data.synthetic else "images"
+    return (
+        f"{describe_batches(config, data.num_samples, kind)}; "
+        f"{config.num_visible} of {config.data.num_patches} patches visible"
+    )
+
+
+class PretrainSession(WorkerSession):
+    """One worker's part in a pre-training run.
+
+    Args:
+        job: what the driver sent (see `trainer.run_training`).
+        worker: this process.
+    """
+
+    config: PretrainConfig
+
+    def __init__(self, job: dict[str, Any], worker: Worker) -> None:
+        super().__init__(job, worker, config_from_dict(PretrainConfig, job["config"]))
+
+    def train(self, hooks: Hooks) -> dict[str, Any]:
+        """Run the loop; returns what it returns."""
+        return pretrain(
+            self.config,
+            num_samples=self.job["num_samples"],
+            batches_from=self._batches_from,
+            evaluation_batch=self._evaluation_batch(),
+            checkpointer=self.checkpointer,
+            worker=self.worker,
+            hooks=hooks,
+        )
+
+    def _batches_from(self, step: int) -> Iterable[Batch]:
+        if self.config.data.synthetic:
+            return SyntheticBatches(self.config)
+        return TrainingBatches(
+            self.config,
+            self.job["train_index"][0],
+            rank=self.worker.rank,
+            world_size=self.worker.world_size,
+            start_step=step,
+            num_steps=self.config.num_steps(self.job["num_samples"]),
+        )
+
+    def _evaluation_batch(self) -> Batch:
+        if self.config.data.synthetic:
+            return SyntheticBatches(self.config).batch
+        held_out = SampleFactory.build(self.config, ray.get(self.job["val_index"][0]))
+        return held_out.evaluation_batch(self.worker.rank, self.worker.world_size)
+
+    def _on_non_finite(self, dump: dict[str, Any]) -> None:
+        """Leave a dump that replays under nonfinite/."""
+        folder = self.folder.non_finite_dumps
+        writer = Checkpointer(folder, keep=1, facts=self.checkpointer.facts)
+        prefix = "encoder."
+        encoder = {
+            k.removeprefix(prefix): v for k, v in dump["model"].items() if k.startswith(prefix)
+        }
+        writer.save(dump["step"], dump, encoder)
+        writer.wait()
+        if (failed := writer.finished()[-1].error) is not None:
+            self.postscript = f". The dump was not written: {failed}"
+            return
+        path = writer.fetch(dump["step"])
+        with contextlib.suppress(OSError):  # to read by eye; the state holds it, too
+            (path / "streak.json").write_text(json.dumps(dump["streak"], indent=1))
+        self.postscript = f". To look into it: python -m jobs.replay {path}"
