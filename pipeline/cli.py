@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -61,6 +62,7 @@ def get_recipe(recipes: Mapping[str, Callable[[], ConfigT]], name: str) -> Confi
 
 def set_up_logging() -> None:
     """Plain messages to stdout for our own loggers; other libraries from WARNING on."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it sets its loggers up on import
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     for name in ("pipeline", "models", "jobs"):
         logging.getLogger(name).setLevel(logging.INFO)

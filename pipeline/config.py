@@ -143,6 +143,9 @@ class DataConfig(SampleConfig):
     Hugging Face {bytes, path} struct."""
     num_eval_crops: int = 1024
     """Held-out crops an evaluation looks at."""
+    num_knn_images: int = 1000
+    """Images of each of path and val_path, at most, for the accuracy of nearest neighbours at every
+    evaluation; only where both are prepared with labels. 0: none."""
     synthetic: bool = False
     """Feed the same random pixels again and again: how fast training is when data cost nothing."""
 
@@ -153,6 +156,7 @@ class DataConfig(SampleConfig):
             )
         SampleConfig.__post_init__(self)  # not super(): slots make a new class of this one
         require_positive("data.num_eval_crops", self.num_eval_crops)
+        require_not_negative("data.num_knn_images", self.num_knn_images)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ counted, so a result says over how many samples it is.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,16 @@ from pipeline.downstream.scores import Scores
 from pipeline.downstream.task import DownstreamTask
 from pipeline.quarantine import BadSample, bad_samples, check_bad_fraction
 from pipeline.train_state import Worker, gather_from_workers
+
+
+class Share(NamedTuple):
+    """What one worker found on its share of a validation set."""
+
+    scores: dict[str, Any]
+    """`Scores.state`."""
+    bad: list[BadSample]
+    num_samples: int
+    """Bad ones among them."""
 
 
 def evaluate_task(
@@ -34,32 +45,48 @@ def evaluate_task(
         worker: this process.
 
     Returns:
-        Metrics over all workers, val/num_samples and val/bad_samples among them, and the scores
-        they are from.
+        As `combine`.
 
     Raises:
         TooManyBadSamplesError: more than data.max_bad_fraction of the samples are bad.
+        ValueError: there is nothing to evaluate.
     """
+    share = score_share(task, model, batches, worker.device)
+    return combine(task, gather_from_workers(share, worker))
+
+
+def score_share(
+    task: DownstreamTask, model: nn.Module, batches: Iterable[Batch], device: torch.device
+) -> Share:
+    """Score a model on one worker's share."""
     scores = task.new_scores()
     bad: list[BadSample] = []
     num_samples = 0
     was_training = model.training
     model.eval()
-    on_gpu = worker.device.type == "cuda"
-    with torch.no_grad(), torch.autocast(worker.device.type, torch.bfloat16, enabled=on_gpu):
+    on_gpu = device.type == "cuda"
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
         for batch in batches:
-            task.score(model, batch, worker.device, scores)
+            task.score(model, batch, device, scores)
             bad += bad_samples(batch)
             num_samples += len(batch["row"])
     model.train(was_training)
-    parts = gather_from_workers((scores.state(), bad, num_samples), worker)
-    scores.merge([state for state, _, _ in parts])
-    all_bad = [sample for _, part, _ in parts for sample in part]
-    total = sum(count for _, _, count in parts)
-    check_bad_fraction(all_bad, total, task.config.data.max_bad_fraction, "data.max_bad_fraction")
-    if total == len(all_bad):
-        raise ValueError(f"data.val_path='{task.config.data.val_path}' has no sample to evaluate")
-    metrics = scores.result()
-    metrics["val/num_samples"] = float(total - len(all_bad))
-    metrics["val/bad_samples"] = float(len(all_bad))
-    return metrics, scores
+    return Share(scores.state(), bad, num_samples)
+
+
+def combine(task: DownstreamTask, shares: list[Share]) -> tuple[dict[str, float], Scores]:
+    """Metrics over all shares, val/num_samples and val/bad_samples among them, and their scores.
+
+    Raises:
+        TooManyBadSamplesError: more than data.max_bad_fraction of the samples are bad.
+        ValueError: there is nothing to evaluate.
+    """
+    scores = task.new_scores()
+    scores.merge([share.scores for share in shares])
+    bad = [sample for share in shares for sample in share.bad]
+    total = sum(share.num_samples for share in shares)
+    check_bad_fraction(bad, total, task.config.data.max_bad_fraction, "data.max_bad_fraction")
+    if total == len(bad):
+        raise ValueError(f"{total} validation samples, {len(bad)} of them bad: none to evaluate")
+    counts = {"val/num_samples": float(total - len(bad)), "val/bad_samples": float(len(bad))}
+    return {**scores.result(), **counts}, scores

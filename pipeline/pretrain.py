@@ -41,6 +41,7 @@ def pretrain(
     num_samples: int,
     batches_from: Callable[[int], Iterable[Batch]],
     evaluation_batch: Batch,
+    probe: Callable[[nn.Module], dict[str, float]] = lambda encoder: {},
     checkpointer: Checkpointer,
     worker: Worker = Worker(),
     hooks: Hooks = Hooks(),
@@ -54,6 +55,7 @@ def pretrain(
         num_samples: size of the training set.
         batches_from: gives this worker's micro-batches from a step on, in order.
         evaluation_batch: this worker's share of the held-out crops.
+        probe: further metrics of the encoder at evaluations; all workers call it.
         checkpointer: written by worker 0, read by all.
         worker: this process.
         hooks: callbacks.
@@ -78,7 +80,9 @@ def pretrain(
         checkpointer,
         worker,
         hooks,
-        evaluate=lambda state: evaluate(state, evaluation_batch, config, worker.device),
+        evaluate=lambda state: (
+            evaluate(state, evaluation_batch, config, worker.device) | probe(state.model.encoder)
+        ),
         draw=lambda state: {PICTURES: draw_picture(state, evaluation_batch, config)},
         export=lambda state: state.model.encoder.state_dict(),
     )

@@ -18,6 +18,7 @@ from pipeline.config import PretrainConfig
 from pipeline.config_values import config_from_dict
 from pipeline.data import SampleFactory, SyntheticBatches, TrainingBatches
 from pipeline.datasets import DataSets
+from pipeline.frozen_features import OnlineKnn
 from pipeline.pretrain import Batch, pretrain
 from pipeline.train_state import Worker
 from pipeline.train_worker import WorkerSession
@@ -81,6 +82,7 @@ class PretrainSession(WorkerSession):
             num_samples=self.job["num_samples"],
             batches_from=self._batches_from,
             evaluation_batch=self._evaluation_batch(),
+            probe=self._knn() or (lambda encoder: {}),
             checkpointer=self.checkpointer,
             worker=self.worker,
             hooks=hooks,
@@ -103,6 +105,12 @@ class PretrainSession(WorkerSession):
             return SyntheticBatches(self.config).batch
         held_out = SampleFactory.build(self.config, ray.get(self.job["val_index"][0]))
         return held_out.evaluation_batch(self.worker.rank, self.worker.world_size)
+
+    def _knn(self) -> OnlineKnn | None:
+        train, val = (ray.get(self.job[f"{part}_index"][0]) for part in ("train", "val"))
+        if train is None or not self.config.data.val_path:
+            return None
+        return OnlineKnn.where_labelled(self.config, train, val, self.worker)
 
     def _on_non_finite(self, dump: dict[str, Any]) -> None:
         """Leave a dump that replays under nonfinite/."""
