@@ -1,4 +1,4 @@
-# make install | test | test-faults | lint | demo | clean: each creates .venv and installs what it needs, once.
+# make install | test | test-faults | lint | demo | demo-finetune | clean: each creates .venv and installs what it needs, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Torch threads that spin while they wait starve the Ray processes of a small machine.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: install test test-faults lint format demo mlflow clean
+.PHONY: install test test-faults lint format demo demo-finetune mlflow clean
 
 install: $(STAMP)
 
@@ -35,6 +35,9 @@ format: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m jobs.pretrain demo
+
+demo-finetune: $(STAMP)
+	$(BIN)/python -m jobs.demo_finetune
 
 mlflow: $(STAMP)
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db

@@ -99,7 +99,7 @@ class LabelledMaker:
 
 def pack(arrays: Arrays) -> bytes:
     """Arrays of any shapes as bytes."""
-    return save({key: np.ascontiguousarray(array) for key, array in arrays.items()})
+    return save({key: np.asarray(array, order="C") for key, array in arrays.items()})
 
 
 def unpack(batch: Batch) -> list[Arrays]:
