@@ -14,7 +14,8 @@ from torch import Tensor
 from models.mfm import normalize_features
 from models.pretraining import PretrainingModel
 from models.teacher import EMATeacher
-from pipeline.pictures import _GAP, _HEADER, reconstruction_picture
+from pipeline.picture_grid import GAP, HEADER
+from pipeline.pictures import reconstruction_picture
 from tests.pipeline.samples import MEAN, STD, debug_crops, debug_networks, normalized
 
 ROWS = 3
@@ -35,8 +36,8 @@ def draw(
 
 def tiles(picture: NDArray[np.uint8], column: int) -> NDArray[np.int64]:
     """Tiles of a column at one pixel per pixel: (B, 64, 64, 3)."""
-    left = _GAP + column * (SIDE + _GAP)
-    tops = [_HEADER + _GAP + row * (SIDE + _GAP) for row in range(ROWS)]
+    left = GAP + column * (SIDE + GAP)
+    tops = [HEADER + GAP + row * (SIDE + GAP) for row in range(ROWS)]
     cut = [picture[top : top + SIDE : 2, left : left + SIDE : 2] for top in tops]
     return np.stack(cut).astype(np.int64)
 
@@ -52,12 +53,12 @@ def test_picture_has_a_row_an_image_and_feature_columns_with_mfm_only(
 ) -> None:
     model, teacher = debug_networks(with_mfm=with_mfm)
     picture = draw(model, teacher, *debug_crops(ROWS))
-    height = _HEADER + _GAP + ROWS * (SIDE + _GAP)
-    assert picture.shape == (height, _GAP + columns * (SIDE + _GAP), 3)
+    height = HEADER + GAP + ROWS * (SIDE + GAP)
+    assert picture.shape == (height, GAP + columns * (SIDE + GAP), 3)
     for column in range(columns):
         assert all(tile.std() > 0 for tile in tiles(picture, column)), f"column {column} is empty"
-        left = _GAP + column * (SIDE + _GAP)
-        assert picture[:_HEADER, left : left + SIDE].min() < 100, f"column {column} has no name"
+        left = GAP + column * (SIDE + GAP)
+        assert picture[:HEADER, left : left + SIDE].min() < 100, f"column {column} has no name"
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])

@@ -18,7 +18,6 @@ from pipeline.downstream import probes
 from pipeline.downstream.accuracy import ClassificationScores
 from pipeline.downstream.probes import knn_predict, linear_probe
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
