@@ -168,8 +168,9 @@ def _require_masks(objects: Objects) -> None:
     if missing:
         box = ", ".join(f"{side:g}" for side in objects.boxes[missing[0]])
         raise BadAnnotationError(
-            f"{len(missing)} of {len(objects.boxes)} objects lack a mask, the first at ({box}), and masks are learnt; "
-            "mend them and prepare the data again, or train without: --detector.kind faster_rcnn"
+            f"{len(missing)} of {len(objects.boxes)} objects lack a mask, the first at ({box}), "
+            "and masks are learnt; mend them and prepare the data again, or train without masks: "
+            "--detector.kind faster_rcnn"
         )
 
 
