@@ -64,10 +64,13 @@ def test_rand_augment_is_that_of_timms_create_transform(policy: str):
     theirs = create_transform(
         64, is_training=True, auto_augment=policy, interpolation="bicubic", mean=mean
     ).transforms[2]
+    ours: Any = rand_augment(policy, 64, mean)
+    for a, b in zip(ours.ops, theirs.ops, strict=True):
+        assert a.hparams == b.hparams and a.kwargs == b.kwargs
     image = noise_image(2, (64, 64))
     for seed in range(20):
         outputs = []
-        for augment in (rand_augment(policy, 64, mean), theirs):
+        for augment in (ours, theirs):
             with global_generators_from(rng(seed)):
                 outputs.append(np.asarray(augment(image)))
         np.testing.assert_array_equal(*outputs)

@@ -264,7 +264,7 @@ def test_a_crop_is_drawn_again_ten_times_and_then_taken(
 
 @pytest.mark.parametrize(
     ("target", "share"),
-    [([1, 1, 1, 2], 0.75), ([1, 255, 255, 2], 0.5), ([255, 255], 1.0), ([0], 1)],
+    [([1, 1, 1, 2], 0.75), ([1, 255, 255, 255, 2], 0.5), ([255, 255], 1.0), ([0], 1)],
 )
 def test_a_share_is_of_the_labelled_pixels(target: list[int], share: float):
     assert class_share(np.array([target], np.uint8)) == share
