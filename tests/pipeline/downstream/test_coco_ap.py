@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -215,8 +216,10 @@ def test_ids_that_differ_only_beyond_53_bits_are_different_images():
 
 
 def test_predictions_that_are_not_finite_are_dropped():
-    nan = float("nan")
-    found = prediction_of([SMALL, [nan, 0, 9, 9], MEDIUM], scores=[0.9, 0.8, nan], masks=None)
+    nan, masks = float("nan"), torch.zeros(3, 1, *SIZE)
+    masks[1] = prediction_of([SMALL])["masks"][0]
+    # Kept, the first would be a false positive ahead of the only hit.
+    found = prediction_of([[nan, 0, 9, 9], SMALL, MEDIUM], scores=[0.95, 0.9, nan], masks=masks)
     result = scored([scene(found, target_of([SMALL, MEDIUM]))]).result()
     only = scored([scene(prediction_of([SMALL]), target_of([SMALL, MEDIUM]))]).result()
     assert result == only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import numpy as np
@@ -127,10 +128,29 @@ def noisy(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def test_the_penalty_is_chosen_where_it_helps(monkeypatch: pytest.MonkeyPatch):
+    strengths = probes.L2_STRENGTHS
     (x, y), (val_x, val_y) = noisy(0), noisy(1)
     chosen = linear_probe(x, y, val_x, val_y)
-    monkeypatch.setattr(probes, "L2_STRENGTHS", probes.L2_STRENGTHS[-1:])
-    assert chosen > linear_probe(x, y, val_x, val_y) + 3
+    monkeypatch.setattr(probes, "L2_STRENGTHS", strengths[-1:])
+    assert chosen > linear_probe(x, y, val_x, val_y) + 3, "the weakest is too weak for noise"
+    monkeypatch.setattr(probes, "L2_STRENGTHS", strengths)
+    features, labels = digits(900)
+    chosen = linear_probe(features[:600], labels[:600], features[600:], labels[600:])
+    monkeypatch.setattr(probes, "L2_STRENGTHS", strengths[:1])
+    strongest = linear_probe(features[:600], labels[:600], features[600:], labels[600:])
+    assert chosen > strongest + 1, "the strongest is too strong for digits"
+
+
+@pytest.mark.parametrize("per_class", [1, 10])
+def test_among_penalties_of_equal_accuracy_the_strongest_is_taken(
+    caplog: pytest.LogCaptureFixture, per_class: int
+):
+    features, labels = clusters(5, per_class)  # with one sample a class none is held out
+    with caplog.at_level(logging.INFO):
+        linear_probe(features, labels, features, labels)
+    held_out = {1: 0, 10: 10}[per_class]
+    assert f"L2 1; hits among {held_out} held-out training samples" in caplog.text
+    assert f"1e-05: {held_out}}}" in caplog.text, "the penalties differ: the test proves nothing"
 
 
 def test_the_probe_learns_nothing_from_the_validation_samples():
