@@ -20,9 +20,7 @@ from pipeline.config_values import config_from_dict
 from pipeline.downstream.task import DownstreamTask
 from pipeline.downstream.tasks import create_task
 from pipeline.finetune_config import CONFIG_CLASSES, FinetuneConfig, task_of
-from pipeline.run_folder import CLASSES_FILE
-
-CONFIG_FILE = "config.json"
+from pipeline.run_folder import CLASSES_FILE, CONFIG_FILE
 
 
 class Finetuned(NamedTuple):

@@ -178,3 +178,16 @@ def test_predictions_do_not_depend_on_how_many_images_are_asked_for():
         (alone,) = task.predict(model, [image], CPU)
         # kernels sum in another order for another batch size
         np.testing.assert_allclose(prediction["scores"], alone["scores"], atol=1e-5)
+
+
+@pytest.mark.parametrize("rel_pos_bias", [False, True])
+def test_the_model_is_built_as_the_config_says(rel_pos_bias: bool):
+    overrides = {
+        "data.image_size": 96,
+        "model.rel_pos_bias": rel_pos_bias,
+        "model.drop_path_rate": 0.3,
+    }
+    model: Any = tiny.task("classify", overrides).build()
+    assert model.num_classes == K and tiny.drop_path_rate(model) == 0.3
+    assert model.backbone.grid == model.backbone.pos_embed_grid == (6, 6)
+    assert model.backbone.rel_pos_bias == rel_pos_bias

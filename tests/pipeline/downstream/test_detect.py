@@ -163,9 +163,11 @@ def test_the_model_is_built_as_the_config_says():
         "detector.eval_min_size": 80,
         "data.mean": (0.1, 0.2, 0.3),
         "data.std": (0.4, 0.5, 0.6),
+        "model.drop_path_rate": 0.3,
     }
     task: Any = tiny.task("detect", overrides)
     model: Any = task.build()
+    assert tiny.drop_path_rate(model) == 0.3
     transform, heads = model.transform, model.roi_heads
     assert transform.min_size == (48, 64, 80) and transform.max_size == 128
     assert transform.image_mean == [0.1, 0.2, 0.3] and transform.image_std == [0.4, 0.5, 0.6]

@@ -14,12 +14,12 @@ from torch import nn
 
 from pipeline.checkpoint import MODEL_FILE
 from pipeline.config_values import config_to_dict
-from pipeline.downstream.finetuned import CONFIG_FILE, load_finetuned
+from pipeline.downstream.finetuned import load_finetuned
 from pipeline.downstream.task import DownstreamTask
 from pipeline.downstream.tasks import create_task
 from pipeline.finetune_config import Task
 from pipeline.recipes import debug
-from pipeline.run_folder import CLASSES_FILE
+from pipeline.run_folder import CLASSES_FILE, CONFIG_FILE
 from tests.pipeline.downstream import tiny_tasks as tiny
 from tests.pipeline.downstream.tiny_tasks import CPU
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from pipeline.downstream.mean_iou import SegmentationScores
+from pipeline.downstream.segment_samples import SegmentSamples
+from pipeline.reading import Sample
 from tests.pipeline.downstream import tiny_tasks as tiny
 from tests.pipeline.downstream.tiny_tasks import CPU
 
@@ -54,6 +58,24 @@ def test_scores_are_those_of_logits_resized_to_the_target(window: int, stride: i
     logits = F.interpolate(logits, (120, 96), mode="bilinear", align_corners=False)
     expected.add(logits[0].argmax(0), torch.from_numpy(target))
     assert torch.equal(scores.state()["confusion"], expected.confusion)
+
+
+@pytest.mark.parametrize("short_side", [0, 32])
+def test_images_are_predicted_in_the_size_of_evaluation(short_side: int):
+    task: Any = tiny.task("segment", {"segmenter.eval_short_side": short_side})
+    model = tiny.built(task).eval()
+    image = np.random.default_rng(2).integers(0, 256, (70, 111, 3), dtype=np.uint8)
+    files = [io.BytesIO(), io.BytesIO()]
+    for file, pixels in zip(files, (image, np.zeros((70, 111), np.uint8)), strict=True):
+        Image.fromarray(pixels).save(file, "PNG")
+    encoded, mask = (file.getvalue() for file in files)
+    sample = SegmentSamples(task.config, 3).evaluate(Sample(0, encoded, {"mask": mask}))
+    scores = task.new_scores()
+    task.score(model, tiny.batch([sample]), CPU, scores)
+    (prediction,) = task.predict(model, [image], CPU)
+    counts = np.bincount(prediction["mask"].ravel(), minlength=3)
+    assert (counts > 0).sum() > 1  # or any size would do
+    assert scores.state()["confusion"][0].tolist() == counts.tolist()
 
 
 def test_windows_are_those_of_the_config():
@@ -104,8 +126,9 @@ def test_only_training_images_are_distorted_each_in_its_own_way():
 
 
 def test_the_model_is_built_as_the_config_says():
-    task: Any = tiny.task("segment", {"model.rel_pos_bias": False})
+    task: Any = tiny.task("segment", {"model.rel_pos_bias": False, "model.drop_path_rate": 0.3})
     model: Any = task.build()
+    assert tiny.drop_path_rate(model) == 0.3
     assert model.num_classes == 3 and not model.encoder.backbone.rel_pos_bias
     assert model.decode_head.fuse[0].out_channels == 16
     model = type(task)(task.config, task.classes, pretrain_size=96).build()

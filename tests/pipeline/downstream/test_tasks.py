@@ -13,6 +13,7 @@ from pipeline.downstream.detect_samples import DetectSamples
 from pipeline.downstream.samples import Arrays
 from pipeline.downstream.segment_samples import SegmentSamples
 from pipeline.downstream.task import DownstreamTask
+from pipeline.downstream.tasks import create_task
 from pipeline.finetune_config import Task
 from tests.pipeline.downstream import tiny_tasks as tiny
 from tests.pipeline.downstream.tiny_tasks import CPU
@@ -88,6 +89,15 @@ def test_losses_have_the_names_of_their_heads():
         assert tiny.task("detect", {"detector.kind": kind}).loss_names == expected
     assert tiny.task("classify").loss_names == ("loss",)
     assert tiny.task("segment").loss_names == ("loss", "loss_seg", "loss_aux")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_size_of_pretraining_decides_the_table_unless_it_is_resized_anyway(name: Task):
+    config = tiny.config(name)
+    for size, side in ((None, 4), (96, 6)):
+        model = create_task(config, tiny.CLASSES, pretrain_size=size).build()
+        tables = [p.shape for key, p in model.named_parameters() if key.endswith("pos_embed")]
+        assert [shape[1] for shape in tables] == [16 if name == "classify" else side**2]
 
 
 @pytest.mark.parametrize(("name", "overrides"), [*KINDS, *RANDOM.items()])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
+from timm.layers import DropPath
 from torch import nn
 
 from pipeline.config import RunConfig
@@ -154,6 +155,11 @@ def without_objects(size: tuple[int, int] = (SIDE, SIDE)) -> Arrays:
         "mask_bytes": np.zeros(0, np.uint8),
         "mask_lengths": np.zeros(0, np.int64),
     }
+
+
+def drop_path_rate(model: nn.Module) -> float:
+    """Stochastic depth of the last block."""
+    return max(m.drop_prob or 0.0 for m in model.modules() if isinstance(m, DropPath))
 
 
 def seed_all(seed: int) -> None:
