@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from pipeline.between_steps import Hooks
 from pipeline.checkpoint import Checkpointer, Saved
 from pipeline.config_values import apply_overrides
 from pipeline.data import Batch, SyntheticBatches
-from pipeline.between_steps import Hooks
 from pipeline.pretrain import pretrain
 from pipeline.recipes import demo
 

@@ -1,0 +1,201 @@
+"""Features of a pre-trained encoder for all images of a data set; see docs/predict.md.
+
+An image is resized and cropped as in evaluation; each feature is the mean over all positions of a
+stage (backbone) or level (neck). Surprising: nothing is trained or fine-tuned here, so vectors of
+the same encoder can be compared with each other, and with those of no other encoder.
+"""
+
+# B batch, S side of the crop, N patches, D features
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import tyro
+from numpy.typing import NDArray
+from pyarrow import fs
+from safetensors import SafetensorError
+from torch import Tensor
+
+from models.itpn import ITPN, create_itpn
+from models.variants import get_variant
+from models.weights import BIAS_TABLE, load_weights
+from pipeline import storage
+from pipeline.batch_inference import Inferred, open_images, run_inference
+from pipeline.config import PATCH_SIZE
+from pipeline.config_values import apply_overrides
+from pipeline.downstream.batches import normalize, to_pixels
+from pipeline.downstream.classify_samples import ClassifySamples
+from pipeline.finetune_config import ClassifyConfig, InitConfig
+from pipeline.frozen_features import probe_config
+from pipeline.inference_actor import InferenceConfig, LoadedImage
+from pipeline.init_weights import InitialWeights, read_initial_weights
+from pipeline.reading import Sample
+from pipeline.run_folder import CONFIG_FILE
+
+STRIDES = (4, 8, 16)
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # where no run says others
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedConfig(InferenceConfig):
+    """What to embed, with which encoder, and where to write it."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a pre-training run, one of its checkpoints, or a weights file; local or a URI."""
+    model_name: str = ""
+    """A variant of models/variants.py; empty: the one of the run."""
+    image_size: int = 0
+    """Side of the crops in pixels, a multiple of 16; 0: that of pre-training."""
+    batch_size: int = 32
+    """Images the encoder gets at a time; changes the speed, not the results."""
+
+    def __post_init__(self) -> None:
+        InferenceConfig.__post_init__(self)  # not super(): slots make a new class of this one
+        if self.model_name:
+            get_variant(self.model_name)
+        if self.image_size < 0 or self.image_size % PATCH_SIZE:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of {PATCH_SIZE}; use e.g. 224, or "
+                "0 for that of pre-training"
+            )
+
+
+@dataclass
+class Embedder:
+    """An encoder that makes rows of features (an `inference_actor.Inference`)."""
+
+    encoder: ITPN
+    probe: ClassifyConfig
+    """Of `frozen_features.probe_config`: the crops of evaluation, means and deviations."""
+    annotations: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """stage4 ... pyramid16, float32 lists of fixed size."""
+        stages, fpn_dim = self.encoder.backbone.stage_dims, self.encoder.pyramid.fpn_dim
+        sizes = {f"stage{s}": stages[s] for s in STRIDES}
+        sizes |= {f"pyramid{s}": fpn_dim for s in STRIDES}
+        return pa.schema({name: pa.list_(pa.float32(), size) for name, size in sizes.items()})
+
+    def to(self, device: torch.device) -> None:
+        """Move the encoder."""
+        self.encoder.to(device)
+
+    def load(self, sample: Sample) -> NDArray[np.uint8]:
+        """The middle (S, S, 3) of an image.
+
+        Raises:
+            BadImageError: the bytes are not an image.
+        """
+        unlabelled = sample._replace(annotations={"label": 0})  # evaluation wants one
+        crop: NDArray[np.uint8] = ClassifySamples(self.probe, 1).evaluate(unlabelled)["image"]
+        return crop
+
+    def infer(self, images: list[LoadedImage]) -> list[dict[str, Any]]:
+        """A row for each image."""
+        vectors = self.vectors([one.image for one in images])
+        parts = {name: values.cpu().numpy() for name, values in vectors.items()}
+        return [{name: values[i] for name, values in parts.items()} for i in range(len(images))]
+
+    @torch.inference_mode()
+    def vectors(self, crops: list[NDArray[np.uint8]]) -> dict[str, Tensor]:
+        """B crops (S, S, 3) -> (B, D) float32 by name."""
+        device = next(self.encoder.parameters()).device
+        pixels = torch.stack([to_pixels(crop, device) for crop in crops])
+        features = self.encoder(normalize(pixels, self.probe.data))
+        # Each is (B, N, cells, cells, D).
+        return {
+            f"{part}{s}": values[s].float().mean((1, 2, 3))
+            for part, values in (("stage", features.stages), ("pyramid", features.pyramid))
+            for s in STRIDES
+        }
+
+
+def embed(config: EmbedConfig, *, with_ray: bool = True) -> Inferred:
+    """Embed all images and write the output folder.
+
+    Args:
+        config: the job.
+        with_ray: False embeds here, without actors.
+
+    Raises:
+        ValueError: settings, weights, images or output folder that cannot be used; too many bad
+            images.
+        FileNotFoundError: weights or images do not exist.
+        InferenceFailedError: storage or the device failed.
+    """
+    embedder = load_embedder(config)
+    index = open_images(config)
+    if "label" in index.annotations:
+        embedder.annotations = ("label",)
+    facts = {
+        "run": config.run,
+        "model_name": embedder.probe.model.name,
+        "image_size": embedder.probe.data.image_size,
+        "classes": list(index.classes),
+    }
+    return run_inference(config, embedder, index, kind="embeddings", facts=facts, with_ray=with_ray)
+
+
+def load_embedder(config: EmbedConfig) -> Embedder:
+    """The encoder of a run, with the crops and colours it was trained with.
+
+    Raises:
+        ValueError: no weights of an encoder with its neck, or nothing says which variant it is.
+        FileNotFoundError: nothing is there.
+    """
+    try:
+        weights = read_initial_weights(InitConfig(path=config.run))
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace("--init ", "")) from error  # here it is no option
+    except SafetensorError as error:
+        raise ValueError(f"'{config.run}' is damaged ({error}); copy it again") from error
+    name = config.model_name or weights.model_name
+    if not name:
+        raise ValueError(
+            f"'{config.run}' does not say which variant it is; give the folder of its run, or "
+            "--model-name"
+        )
+    size = config.image_size or weights.image_size or get_variant(name).img_size
+    encoder = _encoder(name, size, weights)
+    data = _run_config(config.run).get("data", {})
+    probe = probe_config(
+        train=config.run,  # the probe reads no data; its config wants a path
+        val=config.run,
+        image_size=size,
+        mean=tuple(data.get("mean", _MEAN)),
+        std=tuple(data.get("std", _STD)),
+    )
+    return Embedder(encoder, apply_overrides(probe, {"model.name": name}))
+
+
+def _encoder(name: str, image_size: int, weights: InitialWeights) -> ITPN:
+    if weights.state is None:
+        raise ValueError(f"'{weights.source}' names no weights; give a run or a weights file")
+    has_bias = any(key.endswith(BIAS_TABLE) for key in weights.state)
+    encoder = create_itpn(name, img_size=image_size, rel_pos_bias=has_bias)
+    report = load_weights(encoder, weights.state)
+    if report.new:
+        raise ValueError(
+            f"{weights.source} lacks {len(report.new)} weights of the encoder, such as "
+            f"{report.new[0]}, and its features would be random; give weights of pre-training, "
+            "backbone and neck"
+        )
+    return encoder.eval()
+
+
+def _run_config(path: str) -> dict[str, Any]:
+    """The config of a run's folder, or of the run of a checkpoint two folders below; or none."""
+    filesystem, root = storage.resolve(path.rstrip("/"))
+    for folder in (root, "/".join(root.split("/")[:-2])):
+        file = f"{folder}/{CONFIG_FILE}"
+        if filesystem.get_file_info(file).type == fs.FileType.File:
+            values: dict[str, Any] = json.loads(storage.read_bytes(filesystem, file))
+            return values
+    return {}
