@@ -280,11 +280,6 @@ def test_settings_that_cannot_be_meant_are_refused(folder: Path, tmp_path: Path)
         PredictConfig(run="run", images="images", out="")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="torchvision's MultiScaleRoIAlign keeps the scales it infers from the first image, and "
-    "of a long one, padded to 32 pixels, infers others; models/roi_heads.py has to set them",
-)
 def test_a_detector_does_not_remember_the_first_image_it_saw(runs: dict[str, Path]):
     images = [np.asarray(noise_image(i, size)) for i, size in enumerate([(90, 31), (64, 64)])]
     cpu = torch.device("cpu")
