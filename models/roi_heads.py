@@ -32,6 +32,7 @@ from torchvision.ops import (
     clip_boxes_to_image,
     generalized_box_iou_loss,
 )
+from torchvision.ops.poolers import initLevelMapper
 
 BoxLoss = Literal["giou", "smooth_l1"]
 GIOU_WEIGHT = 10.0
@@ -41,6 +42,20 @@ STAGE_BOX_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30
 LEVELS = ["0", "1", "2", "3"]  # strides 4 to 32
 Targets = list[dict[str, Tensor]]
 Detections = list[dict[str, Tensor]]
+
+
+def region_pooling(output_size: int) -> MultiScaleRoIAlign:
+    """RoIAlign over strides 4 to 32.
+
+    Left alone, torchvision infers the strides from the first image it sees and keeps them; of a
+    narrow one, whose coarse levels were rounded down, it infers others.
+    """
+    pooling = MultiScaleRoIAlign(LEVELS, output_size=output_size, sampling_ratio=0)
+    pooling.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    pooling.map_levels = initLevelMapper(
+        2, 5, canonical_scale=pooling.canonical_scale, canonical_level=pooling.canonical_level
+    )
+    return pooling
 
 
 class StagedRoIHeads(nn.Module):
@@ -80,7 +95,7 @@ class StagedRoIHeads(nn.Module):
                 predictor.bbox_pred = nn.Linear(fc_dim, 4)
             return RoIHeads(
                 # sampling_ratio 0: as many points as the region has cells, as the official configs
-                MultiScaleRoIAlign(LEVELS, output_size=7, sampling_ratio=0),
+                region_pooling(7),
                 FastRCNNConvFCHead(
                     (in_channels, 7, 7), [head_dim] * 4, [fc_dim], norm_layer=nn.BatchNorm2d
                 ),
@@ -100,7 +115,7 @@ class StagedRoIHeads(nn.Module):
         self.mask_head: MaskRCNNHeads | None = None
         self.mask_predictor: MaskRCNNPredictor | None = None
         if with_masks:
-            self.mask_roi_pool = MultiScaleRoIAlign(LEVELS, output_size=14, sampling_ratio=0)
+            self.mask_roi_pool = region_pooling(14)
             self.mask_head = MaskRCNNHeads(in_channels, [head_dim] * 4, 1)
             self.mask_predictor = MaskRCNNPredictor(head_dim, head_dim, self.num_outputs)
 
