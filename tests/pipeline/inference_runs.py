@@ -18,7 +18,7 @@ from pipeline.recipes import debug
 from tests.pipeline.downstream import tiny_tasks
 from tests.pipeline.samples import exif, noise_image
 
-SIZES = [(70, 50), (51, 97), (64, 64), (5, 40), (90, 41), (48, 48), (1, 1)]
+SIZES = [(70, 50), (33, 97), (64, 64), (5, 40), (90, 31), (48, 48), (1, 1)]
 """(width, height) of the images of `image_folder`, before rotation."""
 
 
