@@ -201,12 +201,12 @@ def test_a_crash_in_the_loop_is_reported_with_its_own_message(
     debug_config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ):
     def broken(job: dict[str, Any]) -> dict[str, Any]:
-        from pipeline import train_worker
+        from pipeline import pretraining_run, train_worker
 
         def crash(*_: Any, **__: Any) -> None:
             raise RuntimeError("the disk under the worker is gone")
 
-        train_worker.pretrain = crash
+        pretraining_run.pretrain = crash
         return train_worker.train_worker(job)
 
     monkeypatch.setattr("pipeline.trainer.train_worker", broken)
