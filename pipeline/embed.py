@@ -9,7 +9,6 @@ the same encoder can be compared with each other, and with those of no other enc
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +17,11 @@ import pyarrow as pa
 import torch
 import tyro
 from numpy.typing import NDArray
-from pyarrow import fs
-from safetensors import SafetensorError
 from torch import Tensor
 
 from models.itpn import ITPN, create_itpn
 from models.variants import get_variant
 from models.weights import BIAS_TABLE, load_weights
-from pipeline import storage
 from pipeline.batch_inference import Inferred, open_images, run_inference
 from pipeline.config import PATCH_SIZE
 from pipeline.config_values import apply_overrides
@@ -34,9 +30,8 @@ from pipeline.downstream.classify_samples import ClassifySamples
 from pipeline.finetune_config import ClassifyConfig, InitConfig
 from pipeline.frozen_features import probe_config
 from pipeline.inference_actor import InferenceConfig, LoadedImage
-from pipeline.init_weights import InitialWeights, read_initial_weights
+from pipeline.init_weights import InitialWeights, read_initial_weights, run_config
 from pipeline.reading import Sample
-from pipeline.run_folder import CONFIG_FILE
 
 STRIDES = (4, 8, 16)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # where no run says others
@@ -150,12 +145,7 @@ def load_embedder(config: EmbedConfig) -> Embedder:
         ValueError: no weights of an encoder with its neck, or nothing says which variant it is.
         FileNotFoundError: nothing is there.
     """
-    try:
-        weights = read_initial_weights(InitConfig(path=config.run))
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(str(error).replace("--init ", "")) from error  # here it is no option
-    except SafetensorError as error:
-        raise ValueError(f"'{config.run}' is damaged ({error}); copy it again") from error
+    weights = read_initial_weights(InitConfig(path=config.run), "run")
     name = config.model_name or weights.model_name
     if not name:
         raise ValueError(
@@ -164,7 +154,7 @@ def load_embedder(config: EmbedConfig) -> Embedder:
         )
     size = config.image_size or weights.image_size or get_variant(name).img_size
     encoder = _encoder(name, size, weights)
-    data = _run_config(config.run).get("data", {})
+    data = run_config(config.run).get("data", {})
     probe = probe_config(
         train=config.run,  # the probe reads no data; its config wants a path
         val=config.run,
@@ -188,14 +178,3 @@ def _encoder(name: str, image_size: int, weights: InitialWeights) -> ITPN:
             "backbone and neck"
         )
     return encoder.eval()
-
-
-def _run_config(path: str) -> dict[str, Any]:
-    """The config of a run's folder, or of the run of a checkpoint two folders below; or none."""
-    filesystem, root = storage.resolve(path.rstrip("/"))
-    for folder in (root, "/".join(root.split("/")[:-2])):
-        file = f"{folder}/{CONFIG_FILE}"
-        if filesystem.get_file_info(file).type == fs.FileType.File:
-            values: dict[str, Any] = json.loads(storage.read_bytes(filesystem, file))
-            return values
-    return {}

@@ -7,15 +7,17 @@ path needs to exist on one machine only.
 from __future__ import annotations
 
 import json
+import pickle
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from models.weights import LoadReport, load_weights, read_state_dict
+from models.weights import LoadReport, load_weights, read_state_dict, to_canonical
 from pipeline import storage
 from pipeline.checkpoint import ENCODER_FILE, STATE_FILE
 from pipeline.config_values import apply_overrides
@@ -23,7 +25,7 @@ from pipeline.finetune_config import SCRATCH, ConfigOfTask, InitConfig, task_of
 from pipeline.run_folder import CONFIG_FILE
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
-_NECK = ("pyramid.", "encoder.pyramid.")
+_NECK = "encoder.pyramid."
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,12 @@ class InitialWeights:
     """Side in pixels of the images of that run; None when nothing says."""
 
 
-def read_initial_weights(init: InitConfig) -> InitialWeights:
+def read_initial_weights(init: InitConfig, setting: str = "--init") -> InitialWeights:
     """Read what `--init` names.
+
+    Args:
+        init: what to read.
+        setting: the setting its path came from, for error messages.
 
     Raises:
         ValueError: nothing is named, or what is named holds no weights to start from.
@@ -50,22 +56,22 @@ def read_initial_weights(init: InitConfig) -> InitialWeights:
     path = init.path.rstrip("/")
     if not path:
         raise ValueError(
-            "--init is not given; name a pre-training run, one of its checkpoints or a weights "
-            f"file, or say '--init {SCRATCH}' to train from random weights"
+            f"{setting} is not given; name a pre-training run, one of its checkpoints or a weights "
+            f"file, or say '{setting} {SCRATCH}' to train from random weights"
         )
     if init.is_scratch:
         return InitialWeights(None, "random weights (--init scratch)")
     filesystem, root = storage.resolve(path)
     info = storage.with_retries(lambda: filesystem.get_file_info(root), path)
     if info.type == fs.FileType.NotFound:
-        raise FileNotFoundError(f"--init '{path}' does not exist; give a run folder or a file")
+        raise FileNotFoundError(f"{setting} '{path}' does not exist; give a run folder or a file")
     facts: dict[str, Any] = {}
     if info.type == fs.FileType.Directory:
-        facts = _config_beside(filesystem, root)
-        root = _weights_in(filesystem, root, path, facts)
-    state = _read(filesystem, root)
+        facts = run_config(path)
+        root = _weights_in(filesystem, root, f"{setting} '{path}'", facts)
+    state = _read(filesystem, root, setting)
     if not init.neck:
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(_NECK)}
+        state = _without_neck(state)
     return InitialWeights(
         state,
         f"{path} (backbone only)" if not init.neck else path,
@@ -74,49 +80,64 @@ def read_initial_weights(init: InitConfig) -> InitialWeights:
     )
 
 
-def _config_beside(filesystem: fs.FileSystem, root: str) -> dict[str, Any]:
-    """The run's config, from its folder or from two folders above a checkpoint; empty if none."""
-    parts = root.split("/")
-    for folder in (root, "/".join(parts[:-2])):
-        path = f"{folder}/{CONFIG_FILE}"
-        if filesystem.get_file_info(path).type == fs.FileType.File:
-            values: dict[str, Any] = json.loads(storage.read_bytes(filesystem, path))
+def run_config(path: str) -> dict[str, Any]:
+    """The config of a run's folder, or of the run of a checkpoint two folders below; else empty."""
+    filesystem, root = storage.resolve(path.rstrip("/"))
+    for folder in (root, "/".join(root.split("/")[:-2])):
+        file = f"{folder}/{CONFIG_FILE}"
+        if filesystem.get_file_info(file).type == fs.FileType.File:
+            values: dict[str, Any] = json.loads(storage.read_bytes(filesystem, file))
             return values
     return {}
 
 
-def _weights_in(filesystem: fs.FileSystem, root: str, path: str, facts: dict[str, Any]) -> str:
+def _weights_in(filesystem: fs.FileSystem, root: str, given: str, facts: dict[str, Any]) -> str:
     """The encoder of a run folder or checkpoint; of an unfinished run the newest checkpoint's."""
     if task_of(facts) is not None:
-        raise ValueError(
-            f"--init '{path}' is a fine-tuning run; give the pre-training run it started from"
-        )
+        raise ValueError(f"{given} is a fine-tuning run; give the pre-training run it started from")
     here = f"{root}/{ENCODER_FILE}"
     if filesystem.get_file_info(here).type == fs.FileType.File:
         return here
-    selector = fs.FileSelector(f"{root}/checkpoints", recursive=True, allow_not_found=True)
-    found = [info.path for info in filesystem.get_file_info(selector)]
+    folder = f"{root}/checkpoints"
+    selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
+    found = [info.path.removeprefix(folder) for info in filesystem.get_file_info(selector)]
     encoders = sorted(p for p in found if p.endswith(f"/{ENCODER_FILE}") and "/." not in p)
     if encoders:
-        return encoders[-1]
+        return folder + encoders[-1]
     raise ValueError(
-        f"--init '{path}' holds no {ENCODER_FILE} and no checkpoint with one; give the folder of a "
+        f"{given} holds no {ENCODER_FILE} and no checkpoint with one; give the folder of a "
         f"pre-training run, or a weights file ({', '.join(_SUFFIXES)})"
     )
 
 
-def _read(filesystem: fs.FileSystem, path: str) -> dict[str, Tensor]:
+def _read(filesystem: fs.FileSystem, path: str, setting: str) -> dict[str, Tensor]:
     if path.endswith(f"/{STATE_FILE}") or not path.endswith(_SUFFIXES):
         raise ValueError(
-            f"--init '{path}' is no weights file; give one of {', '.join(_SUFFIXES)} (of a "
+            f"{setting} '{path}' is no weights file; give one of {', '.join(_SUFFIXES)} (of a "
             f"checkpoint its {ENCODER_FILE})"
         )
-    if storage.is_local(filesystem):
-        return read_state_dict(path)
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / path.rsplit("/", 1)[-1]
-        local.write_bytes(storage.read_bytes(filesystem, path))
-        return read_state_dict(local)
+    try:
+        if storage.is_local(filesystem):
+            return read_state_dict(path)
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / path.rsplit("/", 1)[-1]
+            local.write_bytes(storage.read_bytes(filesystem, path))
+            return read_state_dict(local)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = (
+            str(error).partition("\n")[0].partition(". ")[0]
+        )  # torch adds advice on its options
+        raise ValueError(
+            f"{setting} '{path}' is damaged, or holds more than tensors ({reason}); copy it again, "
+            "or give another file"
+        ) from error
+
+
+def _without_neck(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In our layout whatever the layout was, so that the neck has one name."""
+    canonical, unknown = to_canonical(state)
+    kept = {key: tensor for key, tensor in canonical.items() if not key.startswith(_NECK)}
+    return kept | {key: state[key] for key in unknown}  # for the load to refuse
 
 
 def with_model_name(config: ConfigOfTask, weights: InitialWeights) -> ConfigOfTask:
