@@ -33,10 +33,10 @@ TASKS = get_args(Task)
 def main() -> int:
     """Run the command line; returns the exit status."""
     if len(sys.argv) < 2 or sys.argv[1] not in TASKS:
-        print(
-            f"usage: python -m jobs.finetune {'|'.join(TASKS)} RECIPE --init RUN ...\n\n{__doc__}"
-        )
-        return 0 if sys.argv[1:2] in (["-h"], ["--help"]) else 2
+        is_help = sys.argv[1:2] in (["-h"], ["--help"])
+        usage = f"usage: python -m jobs.finetune {'|'.join(TASKS)} RECIPE --init RUN ..."
+        print(f"{usage}\n\n{__doc__}", file=sys.stdout if is_help else sys.stderr)
+        return 0 if is_help else 2
     task = cast(Task, sys.argv[1])
     config = parse_recipe_command(
         FINETUNE_RECIPES[task],
