@@ -60,11 +60,15 @@ def unfinished_run(folder: Path, steps: dict[int, float]) -> Path:
     """A run that has checkpoints only, whose encoders are filled with a number each."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_to_dict(debug())))
+    add_checkpoints(folder, steps)
+    return folder
+
+
+def add_checkpoints(folder: Path, steps: dict[int, float]) -> None:
     checkpointer = Checkpointer(folder / "checkpoints", keep=9, facts={})
     for step, number in steps.items():
         checkpointer.save(step, {"step": step}, {"backbone.x": torch.full((2,), number)})
         checkpointer.wait()
-    return folder
 
 
 def test_weights_must_be_named_and_nothing_means_random_ones() -> None:
@@ -88,9 +92,14 @@ def test_a_finished_run_gives_its_weights_its_variant_and_its_image_size(
 
 
 def test_of_an_unfinished_run_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
-    folder = unfinished_run(tmp_path / "run", {900: 1.0, 1000: 2.0})
+    folder = unfinished_run(tmp_path / "run", {})
     partial = folder / "checkpoints" / ".partial_00002000"
-    partial.mkdir()
+    partial.mkdir(parents=True)
+    save_file({"backbone.x": torch.zeros(2)}, partial / "encoder.safetensors")
+    with pytest.raises(ValueError, match="no checkpoint with one"):
+        read(folder)
+    add_checkpoints(folder, {900: 1.0, 1000: 2.0})
+    partial.mkdir(exist_ok=True)  # the next one is under way
     save_file({"backbone.x": torch.zeros(2)}, partial / "encoder.safetensors")
     weights = read(folder)
     assert state_of(weights)["backbone.x"].tolist() == [2.0, 2.0]
