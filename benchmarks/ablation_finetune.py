@@ -2,7 +2,7 @@
 
     python benchmarks/ablation_finetune.py detect --train nuclei/detect/train-{seed} \
         --val nuclei/detect/val --out nuclei-detect.jsonl \
-        --arms scratch=scratch mim=runs/nuclei-mim-{seed} "backbone=runs/nuclei-mim-{seed} no-neck" \
+        --arms scratch=scratch neck=runs/nuclei-mim "no neck=runs/nuclei-mim no-neck" \
         --seeds 0 1 2 --set optim.num_steps=150
 
 Same recipe, budget, labelled images and order of the samples for every arm of a seed; {seed} is
@@ -27,10 +27,10 @@ from typing import Any, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from ablation_pretrain import parse_override
 from rich.console import Console
 from rich.table import Table
 
-from ablation_pretrain import parse_override
 from pipeline.between_steps import Hooks
 from pipeline.checkpoint import MODEL_FILE, Checkpointer
 from pipeline.config_values import apply_overrides, config_hash
@@ -38,7 +38,7 @@ from pipeline.data import Batch, micro_batches, sample_stream
 from pipeline.downstream.tasks import create_task
 from pipeline.evaluation_data import made_ahead, share_of
 from pipeline.finetune import finetune
-from pipeline.finetune_config import SCRATCH, FinetuneConfig, Task
+from pipeline.finetune_config import FinetuneConfig, Task
 from pipeline.finetune_recipes import small_classify, small_detect, small_segment
 from pipeline.finetuning_run import TRAINING, VALIDATION, open_data, resolve_init
 from pipeline.sources import Index
