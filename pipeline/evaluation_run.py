@@ -21,7 +21,6 @@ from models.itpn import create_itpn
 from models.weights import load_weights
 from pipeline.cluster import joined_cluster
 from pipeline.config import require_positive
-from pipeline.config_values import apply_overrides
 from pipeline.data import Batch
 from pipeline.downstream.finetuned import Finetuned, load_finetuned
 from pipeline.downstream.probes import knn_predict, linear_probe
@@ -36,8 +35,7 @@ from pipeline.evaluate import Share, combine, score_share
 from pipeline.evaluation_data import made_ahead, share_of
 from pipeline.finetune_config import InitConfig, task_of
 from pipeline.frozen_features import LabelledFeatures, embed, probe_config
-from pipeline.init_weights import read_initial_weights
-from pipeline.run_folder import CONFIG_FILE
+from pipeline.init_weights import read_initial_weights, run_config
 from pipeline.sources import Index, build_index
 
 logger = logging.getLogger(__name__)
@@ -77,8 +75,7 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, float]:
         ValueError: the run, its weights or the data do not fit.
         FileNotFoundError: one of them does not exist.
     """
-    config_file = Path(config.run) / CONFIG_FILE
-    values = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    values = run_config(config.run)
     if task_of(values) is not None:
         metrics, pictures = _evaluate_finetuned(config)
     else:
@@ -94,17 +91,14 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, float]:
 
 def _evaluate_finetuned(config: EvaluateConfig) -> tuple[dict[str, float], dict[str, bytes]]:
     finetuned = load_finetuned(config.run)
-    overrides: dict[str, Any] = {"data.global_batch_size": config.batch_size}
-    overrides |= {"data.val_path": config.data} if config.data else {}
-    run_config = apply_overrides(finetuned.config, {**overrides, "scaling.num_workers": 1})
-    finetuned = finetuned._replace(config=run_config)
-    index = build_index(run_config.data.val_path, "data", run_config.data.max_bad_fraction)
-    check_data(run_config, index, "data")
+    data = finetuned.config.data
+    index = build_index(config.data or data.val_path, "data", data.max_bad_fraction)
+    check_data(finetuned.config, index, "data")
     _check_classes(finetuned, index)
     shares = _scored(config, finetuned, index)
     metrics, scores = combine(finetuned.task, shares)
     device = torch.device("cuda" if config.use_gpu and torch.cuda.is_available() else "cpu")
-    first = next(_batches(finetuned, index, 0, 1))
+    first = next(_batches(finetuned, index, config.batch_size, 0, 1))
     with torch.no_grad():
         pictures = finetuned.task.pictures(finetuned.model.to(device), first, device, scores)
     return metrics, pictures
@@ -121,37 +115,43 @@ def _check_classes(finetuned: Finetuned, index: Index) -> None:
 
 def _scored(config: EvaluateConfig, finetuned: Finetuned, index: Index) -> list[Share]:
     if config.num_workers == 1 and not config.use_gpu:
-        return [_score(finetuned, index, 0, 1)]
+        return [_score(finetuned, index, config.batch_size, 0, 1)]
     world_size = config.num_workers
     with joined_cluster(world_size):
         score = ray.remote(_score).options(num_cpus=1, num_gpus=1 if config.use_gpu else 0)
         shared = [ray.put(finetuned), ray.put(index)]
         shares: list[Share] = ray.get(
-            [score.remote(*shared, rank, world_size) for rank in range(world_size)]
+            [
+                score.remote(*shared, config.batch_size, rank, world_size)
+                for rank in range(world_size)
+            ]
         )
     return shares
 
 
-def _score(finetuned: Finetuned, index: Index, rank: int, world_size: int) -> Share:
+def _score(
+    finetuned: Finetuned, index: Index, batch_size: int, rank: int, world_size: int
+) -> Share:
     device = torch.device("cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu")
-    batches = _batches(finetuned, index, rank, world_size)
+    batches = _batches(finetuned, index, batch_size, rank, world_size)
     return score_share(finetuned.task, finetuned.model.to(device), batches, device)
 
 
-def _batches(finetuned: Finetuned, index: Index, rank: int, world_size: int) -> Iterator[Batch]:
+def _batches(
+    finetuned: Finetuned, index: Index, batch_size: int, rank: int, world_size: int
+) -> Iterator[Batch]:
     maker = VALIDATION(finetuned.config, index)
-    size = finetuned.config.data.global_batch_size
-    return made_ahead(maker, share_of(maker, size, rank, world_size))
+    return made_ahead(maker, share_of(maker, batch_size, rank, world_size))
 
 
 def _probe_pretrained(config: EvaluateConfig, values: dict[str, Any]) -> dict[str, float]:
     """kNN and linear-probe accuracy of frozen features, in percent."""
+    weights = read_initial_weights(InitConfig(path=config.run), "run")
     if not (config.data and config.train_data):
         raise ValueError(
             f"run='{config.run}' is pre-trained, and knows no classes: give labelled sets to probe "
             "it on, --train-data DIR and --data DIR"
         )
-    weights = read_initial_weights(InitConfig(path=config.run))
     if not weights.model_name or weights.image_size is None or weights.state is None:
         raise ValueError(
             f"run='{config.run}' does not say which variant it is; give the folder of its run"
