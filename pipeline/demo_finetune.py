@@ -70,7 +70,7 @@ def run_demo_finetune(storage_path: str = "runs") -> dict[Task, dict[str, Any]]:
     {task: {metric, scratch, pretrained}}.
 
     Raises:
-        ValueError: a run folder holds something else.
+        ValueError: a run folder holds a run of another configuration.
         RunFailedError: one of the runs failed.
     """
     write_demo_photos(DEMO_DATA)
@@ -103,6 +103,7 @@ def _summary(config: FinetuneConfig) -> dict[str, Any]:
     folder = RunFolder(config)
     if not folder.is_finished:
         return run_finetuning(config)
+    folder.check_config()  # figures side by side must be of the same recipe
     summary: dict[str, Any] = json.loads(folder.summary_file.read_text())
     logger.info("run '%s' is finished", config.run.name)
     return summary

@@ -58,6 +58,15 @@ class RunFolder:
                 "or delete that folder to train again. To train it longer, remove its summary.json "
                 "and pass a larger --optim.num-steps with --run.allow-config-change"
             )
+        self.check_config()
+
+    def check_config(self) -> None:
+        """Refuse a folder that another configuration began.
+
+        Raises:
+            ValueError: the configurations differ, with every difference.
+        """
+        name = self.config.run.name
         if not self._config_file.exists() or self.config.run.allow_config_change:
             return
         changes = config_diff(
@@ -67,7 +76,8 @@ class RunFolder:
             shown = "\n  ".join(changes)
             raise ValueError(
                 f"run.name='{name}' was started with another configuration ({self.path}):\n"
-                f"  {shown}\npick another --run.name, or resume with --run.allow-config-change"
+                f"  {shown}\npick another --run.name, resume with --run.allow-config-change, or "
+                "delete that folder"
             )
 
     def open(self) -> None:

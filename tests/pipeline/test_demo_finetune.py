@@ -169,10 +169,15 @@ def test_a_demo_that_was_cut_off_goes_on_at_the_run_it_was_in(
     assert set(figures) == set(TASKS) and told.written.exists()
 
 
-def test_a_run_folder_of_other_settings_stops_the_demo(told: Demo):
-    told.raises = {"demo-classify-scratch": KeyboardInterrupt()}
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_folder_of_other_settings_stops_the_demo(is_finished: bool, told: Demo):
+    if is_finished:
         told()
+        told.written.unlink()
+    else:
+        told.raises = {"demo-classify-scratch": KeyboardInterrupt()}
+        with pytest.raises(KeyboardInterrupt):
+            told()
     file = RunFolder(told.configs["demo-classify-scratch"]).path / "config.json"
     values = json.loads(file.read_text())
     file.write_text(json.dumps(values | {"run": values["run"] | {"seed": 7}}))

@@ -59,7 +59,7 @@ def test_changed_config_is_refused_with_a_readable_difference(started: RunFolder
         f"run.name='debug' was started with another configuration ({started.path}):\n"
         "  data.crop_scale: [0.2, 1.0] -> [0.5, 1.0]\n"
         "  optim.lr: 0.002 -> 0.001\n"
-        "pick another --run.name, or resume with --run.allow-config-change"
+        "pick another --run.name, resume with --run.allow-config-change, or delete that folder"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         changed.check()
