@@ -47,10 +47,16 @@ def test_arguments_are_not_added_up_or_confused_with_each_other() -> None:
         assert len({drawn(place, 1)[generator][0] for place in places}) == len(places)
 
 
-def test_the_three_generators_do_not_draw_the_same_numbers() -> None:
-    """Seeded with one word, numpy and Python, both Mersenne twisters, would be related."""
-    numbers = drawn(PLACE)
-    assert len({value for values in numbers.values() for value in values}) == 24
+def test_each_generator_has_a_seed_of_its_own() -> None:
+    """torch's and numpy's are the same Mersenne twister: equal seeds would draw equal words."""
+    seed_draws(*PLACE)
+    state = np.random.get_state(legacy=False)
+    assert isinstance(state, dict)
+    numpy_seed = int(state["state"]["key"][0])  # the first word is the seed until one is drawn
+    torch_seeds = (torch.initial_seed() % 2**32, torch.initial_seed() >> 32)
+    assert numpy_seed not in torch_seeds
+    for seed in (numpy_seed, *torch_seeds):
+        assert random.getstate() != random.Random(seed).getstate()
 
 
 def test_large_seeds_and_long_runs_are_taken_whole() -> None:
@@ -62,7 +68,7 @@ def test_large_seeds_and_long_runs_are_taken_whole() -> None:
 
 
 def test_torch_is_seeded_with_64_bits() -> None:
-    """32 bits are few: among 100,000 steps two would be likely to draw the same."""
+    """Its generator on GPUs uses them all; of 32, two in 100,000 steps are likely to be equal."""
     seeds = []
     for step in range(20):
         seed_draws(0, step, 0)
