@@ -65,10 +65,13 @@ def read_initial_weights(init: InitConfig, setting: str = "--init") -> InitialWe
     info = storage.with_retries(lambda: filesystem.get_file_info(root), path)
     if info.type == fs.FileType.NotFound:
         raise FileNotFoundError(f"{setting} '{path}' does not exist; give a run folder or a file")
-    facts: dict[str, Any] = {}
+    facts = run_config(path)
+    if task_of(facts) is not None:
+        raise ValueError(
+            f"{setting} '{path}' is of a fine-tuning run; give the pre-training run it started from"
+        )
     if info.type == fs.FileType.Directory:
-        facts = run_config(path)
-        root = _weights_in(filesystem, root, f"{setting} '{path}'", facts)
+        root = _weights_in(filesystem, root, f"{setting} '{path}'")
     state = _read(filesystem, root, setting)
     if not init.neck:
         state = _without_neck(state)
@@ -81,8 +84,10 @@ def read_initial_weights(init: InitConfig, setting: str = "--init") -> InitialWe
 
 
 def run_config(path: str) -> dict[str, Any]:
-    """The config of a run's folder, or of the run of a checkpoint two folders below; else empty."""
+    """The config of the run whose folder, checkpoint or weights file this is; empty for others."""
     filesystem, root = storage.resolve(path.rstrip("/"))
+    if root.endswith(_SUFFIXES):
+        root = root.rpartition("/")[0]
     for folder in (root, "/".join(root.split("/")[:-2])):
         file = f"{folder}/{CONFIG_FILE}"
         if filesystem.get_file_info(file).type == fs.FileType.File:
@@ -91,10 +96,8 @@ def run_config(path: str) -> dict[str, Any]:
     return {}
 
 
-def _weights_in(filesystem: fs.FileSystem, root: str, given: str, facts: dict[str, Any]) -> str:
+def _weights_in(filesystem: fs.FileSystem, root: str, given: str) -> str:
     """The encoder of a run folder or checkpoint; of an unfinished run the newest checkpoint's."""
-    if task_of(facts) is not None:
-        raise ValueError(f"{given} is a fine-tuning run; give the pre-training run it started from")
     here = f"{root}/{ENCODER_FILE}"
     if filesystem.get_file_info(here).type == fs.FileType.File:
         return here

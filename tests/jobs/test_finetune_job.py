@@ -32,7 +32,7 @@ BAD_INPUT: dict[str, tuple[Task, str, str]] = {
     "init fine-tuned": (
         "classify",
         "--init PLACES/finetuned",
-        r"is a fine-tuning run; give the pre-training run",
+        r"is of a fine-tuning run; give the pre-training run",
     ),
     "init of no variant": (
         "classify",

@@ -147,7 +147,8 @@ def test_a_larger_image_size_is_taken_where_it_is_asked_for(
 def test_weights_files_want_their_variant_and_whole_encoders(
     run: tuple[Path, ITPN], folder: Path, tmp_path: Path
 ):
-    file = run[0] / "encoder.safetensors"
+    file = tmp_path / "alone.safetensors"
+    file.write_bytes((run[0] / "encoder.safetensors").read_bytes())
     with pytest.raises(ValueError, match="does not say which variant"):
         load_embedder(config(file, folder, tmp_path))
     loaded = load_embedder(config(file, folder, tmp_path, model_name="itpn_debug")).encoder
@@ -184,7 +185,7 @@ def test_runs_that_hold_no_features_are_refused_without_words_of_other_jobs(
 ):
     finetuned = finetuned_run(tmp_path / "finetuned", "classify")
     for path, error, message in (
-        (finetuned, ValueError, "is a fine-tuning run; give the pre-training run"),
+        (finetuned, ValueError, "is of a fine-tuning run; give the pre-training run"),
         (tmp_path / "nowhere", FileNotFoundError, "does not exist"),
         ("scratch", ValueError, "names no weights|does not say which variant"),
     ):

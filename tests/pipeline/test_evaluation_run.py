@@ -243,7 +243,7 @@ def test_a_probe_says_what_it_lacks(runs: dict[str, Path], data: Path, tmp_path:
             evaluated(run, **given)
     pair = {"train_data": data / "train", "data": labelled}
     with pytest.raises(ValueError, match="does not say which variant it is; give the folder"):
-        evaluated(run / "encoder.safetensors", **pair)
+        evaluated(shutil.copy(run / "encoder.safetensors", tmp_path / "alone.safetensors"), **pair)
     with pytest.raises(ValueError, match=r"^data='.*segment' has no label, which task 'classify'"):
         evaluated(run, train_data=data / "train", data=data / "segment")
     with pytest.raises(ValueError, match=r"^train_data='.*segment' has no label"):

@@ -163,8 +163,15 @@ def test_a_fine_tuning_run_is_refused_with_the_way_out(name: Task, tmp_path: Pat
     folder = finetuned_run(tmp_path / "run", name)
     # Even where an encoder lies beside it.
     save_file({"backbone.x": torch.zeros(2)}, folder / "encoder.safetensors")
-    with pytest.raises(ValueError, match=r"is a fine-tuning run; give the pre-training run it"):
-        read(folder)
+    for path in (folder, folder / "model.safetensors", folder / "encoder.safetensors"):
+        with pytest.raises(ValueError, match=r"is of a fine-tuning run; give the pre-training run"):
+            read(path)
+
+
+def test_a_weights_file_in_its_run_knows_the_run(run: tuple[Path, ITPN]) -> None:
+    weights = read(run[0] / "encoder.safetensors")
+    assert_holds(weights, run[1])
+    assert (weights.model_name, weights.image_size) == (VARIANT, debug().data.image_size)
 
 
 def test_the_state_of_a_checkpoint_and_other_files_are_no_weights(tmp_path: Path) -> None:
