@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ BAD_INPUT: dict[str, tuple[Task, str, str]] = {
     ),
     "weights of another variant": (
         "detect",
-        "--init PLACES/pretrained/encoder.safetensors --model.name itpn_nano_patch16_224",
+        "--init PLACES/encoder.safetensors --model.name itpn_nano_patch16_224",
         r"keys do not fit ITPNDetector; .* it is of another variant \(embed_dim \d+, not \d+\)",
     ),
     "weights of nothing we know": (
@@ -61,7 +62,7 @@ BAD_INPUT: dict[str, tuple[Task, str, str]] = {
     ),
     "weights for other classes": (
         "classify",
-        "--init PLACES/finetuned/model.safetensors --model.name itpn_debug "
+        "--init PLACES/classifier.safetensors --model.name itpn_debug "
         "--data.path PLACES/four/train --data.val-path PLACES/four/val",
         r"does not fit: .*\n  head\.bias: shape \(3,\) does not fit \(4,\)\n",
     ),
@@ -148,6 +149,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "empty").mkdir()
     pretrained_run(root / "pretrained")
     finetuned_run(root / "finetuned", "classify")
+    # Alone, files do not say what they are of.
+    shutil.copy(root / "pretrained" / "encoder.safetensors", root)
+    shutil.copy(root / "finetuned" / "model.safetensors", root / "classifier.safetensors")
     save_file({"weight": torch.zeros(2)}, root / "foreign.safetensors")
     save_file({"decoder.mask_token": torch.zeros(2)}, root / "headless.safetensors")
     return root
