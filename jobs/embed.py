@@ -11,7 +11,6 @@ columns are in docs/predict.md. Speed: not yet measured.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/emb
 import tyro
 
 from pipeline.batch_inference import InferenceFailedError
-from pipeline.cli import set_up_logging
+from pipeline.cli import interrupt_on_signals, quieten_ray_data, set_up_logging
 from pipeline.embed import EmbedConfig, embed
 
 logger = logging.getLogger("jobs.embed")
@@ -29,10 +28,8 @@ logger = logging.getLogger("jobs.embed")
 def main() -> int:
     """Run the command line; returns the exit status."""
     set_up_logging()
-    for name, level in (("", logging.WARNING), ("._internal.progress", logging.ERROR)):
-        logging.getLogger(f"ray.data{name}").setLevel(level)  # our own lines tell the progress
-    for number in (signal.SIGINT, signal.SIGTERM):  # `ray job stop` ends a run like Ctrl-C
-        signal.signal(number, signal.default_int_handler)
+    quieten_ray_data()
+    interrupt_on_signals()
     try:
         config = tyro.cli(EmbedConfig, prog="python -m jobs.embed", description=__doc__)
         logger.info(embed(config).report())

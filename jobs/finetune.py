@@ -10,7 +10,6 @@ The first line after the header is the load report: what became of every pre-tra
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from pathlib import Path
 from typing import cast, get_args
@@ -18,7 +17,7 @@ from typing import cast, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/finetune.py` works too
 
 import models
-from pipeline.cli import parse_recipe_command, set_up_logging
+from pipeline.cli import interrupt_on_signals, parse_recipe_command, set_up_logging
 from pipeline.dry_run import finetune_dry_run
 from pipeline.finetune_config import Task
 from pipeline.finetune_recipes import FINETUNE_RECIPES
@@ -45,8 +44,7 @@ def main() -> int:
         description="Fine-tune a pre-trained iTPN: backbone and neck.",
     )
     set_up_logging()
-    for number in (signal.SIGINT, signal.SIGTERM):  # `ray job stop` ends a run like Ctrl-C
-        signal.signal(number, signal.default_int_handler)
+    interrupt_on_signals()
     logger.info(first_line(Path(models.__file__).parent))
     try:
         if config.run.dry_run:

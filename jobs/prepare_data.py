@@ -12,7 +12,6 @@ counts of each split, and the command that trains on it. Speed: not yet measured
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 
 import tyro
 
-from pipeline.cli import set_up_logging
+from pipeline.cli import interrupt_on_signals, quieten_ray_data, set_up_logging
 from pipeline.prepare.job import PreparationFailedError, prepare
 from pipeline.prepare.report import prepare_report
 from pipeline.prepare.settings import PrepareConfig
@@ -31,10 +30,8 @@ logger = logging.getLogger("jobs.prepare_data")
 def main() -> int:
     """Run the command line; returns the exit status."""
     set_up_logging()
-    for name, level in (("", logging.WARNING), ("._internal.progress", logging.ERROR)):
-        logging.getLogger(f"ray.data{name}").setLevel(level)  # our own lines tell the progress
-    for number in (signal.SIGINT, signal.SIGTERM):  # `ray job stop` ends a run like Ctrl-C
-        signal.signal(number, signal.default_int_handler)
+    quieten_ray_data()
+    interrupt_on_signals()
     try:
         config = tyro.cli(PrepareConfig, prog="python -m jobs.prepare_data", description=__doc__)
         logger.info(prepare_report(config, prepare(config)))

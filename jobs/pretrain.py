@@ -10,14 +10,13 @@ Expected of the demo: held-out masked-pixel error below 0.75 of the best trivial
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/pretrain.py` works too
 
 import models
-from pipeline.cli import parse_recipe_command, set_up_logging
+from pipeline.cli import interrupt_on_signals, parse_recipe_command, set_up_logging
 from pipeline.demo_data import write_demo_photos
 from pipeline.dry_run import dry_run
 from pipeline.pretraining_run import run_pretraining
@@ -37,8 +36,7 @@ def main() -> int:
         description="Pre-train an iTPN by masked image and masked feature modelling.",
     )
     set_up_logging()
-    for number in (signal.SIGINT, signal.SIGTERM):  # `ray job stop` ends a run like Ctrl-C
-        signal.signal(number, signal.default_int_handler)
+    interrupt_on_signals()
     logger.info(first_line(Path(models.__file__).parent))
     try:
         if config.data.path.startswith(DEMO_DATA):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -68,3 +69,15 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
     for name in ("mlflow", "alembic"):  # they announce every table they create
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def interrupt_on_signals() -> None:
+    """Let SIGTERM, which `ray job stop` sends, end a job like Ctrl-C: by KeyboardInterrupt."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
+def quieten_ray_data() -> None:
+    """Leave telling the progress of a job to its own lines."""
+    for name, level in (("", logging.WARNING), ("._internal.progress", logging.ERROR)):
+        logging.getLogger(f"ray.data{name}").setLevel(level)
