@@ -35,7 +35,7 @@ from pipeline.prepare.settings import PrepareConfig
 MAX_SIDE = 360
 """Larger images of the set are of another scale."""
 TILE = 96
-"""Side in pixels of a tile. A nucleus measures 10 to 20; models see tiles at 256 pixels."""
+"""Side in pixels of a tile, in which a nucleus measures 10 to 20; fine-tuning enlarges tiles."""
 MIN_AREA = 16
 """Pixels of a nucleus that a tile's border leaves; what is smaller is no instance."""
 

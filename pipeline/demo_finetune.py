@@ -58,7 +58,7 @@ def demo_runs(storage_path: str = "runs") -> dict[Task, FinetuneConfig]:
                 "data.path": f"{folder}/train",
                 "data.val_path": f"{folder}/val",
                 "optim.num_steps": steps[task],
-                # One process on both cores: a second one would take longer to start than it saves.
+                # One process on both cores of the machine the demo is for.
                 "scaling.cpus_per_worker": 2.0,
             },
         )
