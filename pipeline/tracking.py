@@ -86,13 +86,8 @@ def _create(
     from mlflow.entities import Param
 
     client = connect(uri)
-    found = client.get_experiment_by_name(experiment)
     location = artifact_folder.absolute().as_uri() if uri.startswith("sqlite:") else None
-    experiment_id = (
-        found.experiment_id
-        if found
-        else client.create_experiment(experiment, artifact_location=location)
-    )
+    experiment_id = _experiment_id(client, experiment, location)
     run_id = str(client.create_run(experiment_id, run_name=name).info.run_id)
     try:
         entries = [Param(key, str(value)[:_MAX_PARAM_CHARS]) for key, value in params.items()]
@@ -103,6 +98,22 @@ def _create(
             client.delete_run(run_id)
         raise
     return run_id
+
+
+def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str:
+    """Of the experiment of this name, which is created where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+                raise
+            # A run that began at the same moment was quicker.
+    return str(found.experiment_id)
 
 
 def _reopen(uri: str, run_id: str, tags: dict[str, str]) -> None:

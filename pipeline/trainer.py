@@ -8,6 +8,7 @@ then executes is in `train_worker.py`; what is particular to pre-training and to
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -78,17 +79,24 @@ class RunPlan:
     """JSON files for the run's folder."""
 
 
-def run_training(config: TrainingConfig, make_plan: Callable[[], RunPlan]) -> dict[str, Any]:
+def run_training(
+    config: TrainingConfig,
+    make_plan: Callable[[], RunPlan],
+    *,
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
     """Run, or resume, a run; returns its summary.
 
     Args:
         config: the run.
         make_plan: opens and checks data and weights; called when the run folder is known to be fit.
+        stop: of a run beside others in threads of one process: where it is set, the run ends as
+            after Ctrl-C. Lines of progress then begin with the name of the run.
 
     Raises:
         ValueError: anything in the config, the data or the run folder a user can fix.
         RunFailedError: training failed.
-        KeyboardInterrupt: the run was interrupted; its newest checkpoint is kept.
+        KeyboardInterrupt: the run was interrupted, or told to stop; its newest checkpoint is kept.
     """
     folder = RunFolder(config)
     mlflow_run = MlflowRun(config, folder)
@@ -106,7 +114,7 @@ def run_training(config: TrainingConfig, make_plan: Callable[[], RunPlan]) -> di
     status, start = "FAILED", time.time()
     try:
         with cluster(config):
-            outcome = _fit(config, plan, folder, mlflow_run.uri, run_id)
+            outcome = _fit(config, plan, folder, mlflow_run.uri, run_id, stop)
         if outcome["is_stopped"]:
             raise KeyboardInterrupt
         faults = fault_metrics(logbook.read())
@@ -146,7 +154,12 @@ def describe_batches(config: TrainingConfig, num_samples: int, kind: str = "imag
 
 
 def _fit(
-    config: TrainingConfig, plan: RunPlan, folder: RunFolder, uri: str, run_id: str
+    config: TrainingConfig,
+    plan: RunPlan,
+    folder: RunFolder,
+    uri: str,
+    run_id: str,
+    stop: threading.Event | None,
 ) -> dict[str, Any]:
     """Fit in a thread, so that this one can show progress and take Ctrl-C."""
     board = create_board()
@@ -165,8 +178,9 @@ def _fit(
         **{key: [ray.put(value)] for key, value in plan.shared.items()},
     }
     trainer = _Trainer(
-        train_worker,
-        train_loop_config=job,
+        # Not as train_loop_config: Ray Train's controller would unpack it, and spend seconds on
+        # importing all that the session needs.
+        functools.partial(train_worker, job),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.scaling.num_workers,
             elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
@@ -194,8 +208,9 @@ def _fit(
             is_done.set()
 
     threading.Thread(target=fit, name="fit", daemon=True).start()
-    with ProgressDisplay(config.num_steps(plan.num_samples)) as display:
-        _follow(is_done, board, display)
+    name = None if stop is None else config.run.name
+    with ProgressDisplay(config.num_steps(plan.num_samples), name) as display:
+        _follow(is_done, board, display, stop)
     if "error" in result:
         raise RunFailedError(
             f"run '{config.run.name}' failed: {_root_cause(result['error'])}\nits newest "
@@ -207,14 +222,17 @@ def _fit(
     return outcome
 
 
-def _follow(is_done: threading.Event, board: Any, display: ProgressDisplay) -> None:
+def _follow(
+    is_done: threading.Event, board: Any, display: ProgressDisplay, stop: threading.Event | None
+) -> None:
     """Show progress until the run ends; the first Ctrl-C stops it cleanly, a second at once."""
     deadline: float | None = None
     while not is_done.is_set():
         try:
             is_done.wait(_POLL_S)
             _show_news(board, display)
-            if deadline is not None and time.monotonic() > deadline:
+            is_late = deadline is not None and time.monotonic() > deadline
+            if is_late or (deadline is None and stop is not None and stop.is_set()):
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
             if deadline is not None:

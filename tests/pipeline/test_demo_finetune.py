@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -28,7 +29,10 @@ IN_ORDER = [f"demo-{task}-{arm}" for task in TASKS for arm in ("scratch", "pretr
 
 
 class Demo:
-    """Stands for the cluster, the data and the runs; keeps what was asked of them, in order."""
+    """Stands for the cluster, the data and the runs; keeps what was asked of them, in order.
+
+    The two arms of a task come in any order.
+    """
 
     def __init__(self, storage_path: Path) -> None:
         self.storage_path = str(storage_path)
@@ -37,6 +41,9 @@ class Demo:
         self.cpus = 0
         self.raises: dict[str, BaseException] = {}
         """By the name of a run, once."""
+        self.meet: threading.Barrier | None = None
+        """Where each run waits for the other arm."""
+        self.stopped: list[str] = []
 
     def __call__(self) -> dict[Task, dict[str, Any]]:
         self.done.clear()
@@ -55,7 +62,7 @@ class Demo:
         finally:
             self.done.append("cluster stops")
 
-    def run(self, config: TrainingConfig) -> dict[str, Any]:
+    def run(self, config: TrainingConfig, *, stop: threading.Event | None = None) -> dict[str, Any]:
         """What a real run leaves: its folder and its summary."""
         name = config.run.name
         self.done.append(name)
@@ -63,12 +70,17 @@ class Demo:
         folder = RunFolder(config)
         folder.check()
         folder.open()
+        if self.meet is not None and stop is not None:
+            self.meet.wait(timeout=10)
         if name in self.raises:
             raise self.raises.pop(name)
+        if self.meet is not None and stop is not None and stop.wait(timeout=0.2):
+            self.stopped.append(name)
+            raise KeyboardInterrupt
         summary: dict[str, Any] = {"run": name}
         if isinstance(config, FinetuneConfig):
             assert config.init.is_scratch or (Path(config.init.path) / "summary.json").exists()
-            summary |= {"metric": METRICS[config.task], "value": float(len(self.configs))}
+            summary |= {"metric": METRICS[config.task], "value": float(IN_ORDER.index(name))}
         folder.summary_file.write_text(json.dumps(summary))
         return summary
 
@@ -91,6 +103,14 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Demo:
     return told
 
 
+def task_by_task(names: list[str]) -> list[str]:
+    """Names in order, the two arms of a task put into theirs."""
+    places = {name: place for place, name in enumerate(["demo", *IN_ORDER])}
+    tasks = [places[name] + places[name] % 2 for name in names]
+    assert tasks == sorted(tasks), names
+    return sorted(names, key=places.__getitem__)
+
+
 def test_there_is_one_run_a_task_on_its_own_labelled_set_of_the_demo(tmp_path: Path):
     runs = demo_runs(str(tmp_path))
     assert tuple(runs) == TASKS
@@ -108,12 +128,32 @@ def test_the_demo_prepares_pre_trains_and_runs_both_arms_of_each_task_on_one_clu
     told()
     preparing, in_cluster = told.done[:2], told.done[2:]
     assert sorted(preparing) == ["labels", "photos"]
-    assert in_cluster == ["cluster starts", "demo", *IN_ORDER, "cluster stops"]
+    assert in_cluster[:2] == ["cluster starts", "demo"] and in_cluster[-1] == "cluster stops"
+    assert task_by_task(in_cluster[2:-1]) == IN_ORDER
     pretraining = told.configs["demo"]
     assert isinstance(pretraining, PretrainConfig)
     assert pretraining.run.storage_path == told.storage_path
     for config in told.configs.values():
-        assert needed_cpus(config, config.scaling.max_workers) <= told.cpus, config.run.name
+        at_once = 1 if config.run.name == "demo" else 2
+        needed = at_once * needed_cpus(config, config.scaling.max_workers)
+        assert needed <= told.cpus, f"{config.run.name}: Ray would wait for ever"
+
+
+def test_the_two_arms_of_a_task_run_at_the_same_time(told: Demo):
+    told.meet = threading.Barrier(2)
+    assert set(told()) == set(TASKS)  # one after the other would break the barrier
+
+
+@pytest.mark.parametrize("broken", IN_ORDER)
+def test_where_one_arm_fails_the_other_is_told_to_stop(broken: str, told: Demo):
+    told.meet = threading.Barrier(2)
+    told.raises = {broken: RunFailedError("a worker is lost")}
+    with pytest.raises(RunFailedError):
+        told()
+    (stopped,) = told.stopped
+    assert {broken, stopped} == {
+        name for name in IN_ORDER if name.split("-")[1] == broken.split("-")[1]
+    }
 
 
 def test_the_two_arms_of_a_task_differ_in_their_initial_weights_and_name_alone(told: Demo):
@@ -134,15 +174,15 @@ def test_the_figures_are_returned_written_and_printed(
     told: Demo, capsys: pytest.CaptureFixture[str]
 ):
     figures = told()
-    # The value of a run is its place among the runs, the pre-training being the first.
+    # The value of a run is its place among the runs.
     assert figures == {
-        "classify": {"metric": "val/top1", "scratch": 2.0, "pretrained": 3.0},
-        "detect": {"metric": "val/box_ap", "scratch": 4.0, "pretrained": 5.0},
-        "segment": {"metric": "val/miou", "scratch": 6.0, "pretrained": 7.0},
+        "classify": {"metric": "val/top1", "scratch": 0.0, "pretrained": 1.0},
+        "detect": {"metric": "val/box_ap", "scratch": 2.0, "pretrained": 3.0},
+        "segment": {"metric": "val/miou", "scratch": 4.0, "pretrained": 5.0},
     }
     assert json.loads(told.written.read_text()) == figures
     printed = capsys.readouterr().out
-    assert all(part in printed for part in ("top1", "box_ap", "miou", "2.00", "7.00"))
+    assert all(part in printed for part in ("top1", "box_ap", "miou", "2.00", "5.00"))
 
 
 def test_what_is_finished_is_not_repeated(told: Demo):
@@ -161,11 +201,11 @@ def test_a_demo_that_was_cut_off_goes_on_at_the_run_it_was_in(
     told.raises = {broken: error}
     with pytest.raises(type(error)):
         told()
-    assert told.done[-2:] == [broken, "cluster stops"]
+    assert broken in told.done[-3:-1] and told.done[-1] == "cluster stops"
     assert not told.written.exists(), "no figures of half a demo"
+    finished = [name for name in told.done[3:-1] if name != broken]
     figures = told()
-    runs = ["demo", *IN_ORDER]
-    assert told.done[3:-1] == runs[runs.index(broken) :]
+    assert task_by_task([*finished, *told.done[3:-1]]) == ["demo", *IN_ORDER]
     assert set(figures) == set(TASKS) and told.written.exists()
 
 

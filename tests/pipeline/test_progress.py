@@ -58,3 +58,14 @@ def test_display_prints_plain_lines_where_there_is_no_terminal(
         display.say("stopping")
     # One line each, however long, and no bar.
     assert capsys.readouterr().out == f"{format_record(50, 1000, TRAIN)}\nstopping\n"
+
+
+def test_lines_of_a_run_beside_others_begin_with_its_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with ProgressDisplay(1000, "scratch") as display:
+        display.show(50, TRAIN)
+        display.say("stopping")
+    assert capsys.readouterr().out == (
+        f"scratch  {format_record(50, 1000, TRAIN)}\nscratch  stopping\n"
+    )

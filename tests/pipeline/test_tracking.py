@@ -88,6 +88,22 @@ def test_a_resumed_run_stays_one_run_with_every_step_once(uri: str, tmp_path: Pa
     assert [a.path for a in client.list_artifacts(run_id)] == ["metrics.jsonl"]
 
 
+def test_two_runs_that_begin_at_once_share_the_experiment_both_wanted_to_create(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = open_run(uri, tmp_path)
+    real, answers = MlflowClient.get_experiment_by_name, [None]
+    monkeypatch.setattr(  # the other run creates it right after this one has looked
+        MlflowClient,
+        "get_experiment_by_name",
+        lambda self, name: answers.pop() if answers else real(self, name),
+    )
+    second = open_run(uri, tmp_path)
+    runs = [MlflowClient(uri).get_run(run) for run in (first, second)]
+    assert not answers and first != second
+    assert runs[0].info.experiment_id == runs[1].info.experiment_id
+
+
 def test_records_a_killed_worker_had_not_delivered_are_delivered_on_resume(
     uri: str, tmp_path: Path
 ):
