@@ -5,6 +5,10 @@ stay there. So both objectives are reported as ratios to trivial predictors *on 
 * pixels: the better of the mean of every pixel position (over these very crops, so the baseline is
   told their average) and the mean colour of the image's own visible patches;
 * features: the mean feature of each stage and cell (again over these very crops).
+
+Neither ratio shows when the trunk's last stage, which no norm follows, outgrows its use: its size
+is reported, too. Features many times as large as at the start have transferred worse than random
+weights while the ratios fell (docs/experiments.md).
 """
 
 # B batch, N patches, M masked patches, P patch side, C channels, c cells per token side
@@ -51,7 +55,10 @@ class PretrainEvaluation:
     def add(self, images: Tensor, mask: Tensor) -> None:
         """Add a batch: images (B, C, H, W) normalised, mask (B, N) True = masked."""
         ids_visible, ids_masked = split_tokens(mask)
-        latent = self.model.decoder(self.model.encoder(images, ids_visible).pyramid, ids_visible)
+        stages, pyramid = self.model.encoder(images, ids_visible)
+        self._sum("stage16/abs", stages[16].abs().sum())
+        self._sum("stage16/count", torch.tensor(stages[16].numel()))
+        latent = self.model.decoder(pyramid, ids_visible)
         mim = self.model.mim
         target, pred = mim.targets(images), mim(latent).float()  # (B, N, P*P*C)
         if not mim.norm_pix_loss:
@@ -93,7 +100,8 @@ class PretrainEvaluation:
         """Metrics over all crops of all workers.
 
         Keys: val/loss_mim, val/baseline_position_mean, val/baseline_visible_colour,
-        val/mim_loss_over_baseline; with MFM also val/loss_mfm{s}, val/baseline_mfm{s},
+        val/mim_loss_over_baseline, val/stage16_abs_mean (mean absolute value of the features of
+        stage 16 at visible patches); with MFM also val/loss_mfm{s}, val/baseline_mfm{s},
         val/mfm{s}_loss_over_baseline and val/mfm_loss_over_baseline (losses and baselines summed).
         """
         if dist.is_initialized():
@@ -110,6 +118,7 @@ class PretrainEvaluation:
         }
         best = min(metrics["val/baseline_position_mean"], metrics["val/baseline_visible_colour"])
         metrics["val/mim_loss_over_baseline"] = _ratio(metrics["val/loss_mim"], best)
+        metrics["val/stage16_abs_mean"] = float(s["stage16/abs"] / s["stage16/count"])
         if self.model.mfm is None:
             return metrics
         losses, baselines = [], []

@@ -117,6 +117,7 @@ def format_record(step: int, num_steps: int, metrics: dict[str, Any]) -> str:
         ("mem", "memory/peak_gib", ".1fGiB"),
         ("| held-out mim/baseline", "val/mim_loss_over_baseline", ".3f"),
         ("mfm/baseline", "val/mfm_loss_over_baseline", ".3f"),
+        ("|feature16|", "val/stage16_abs_mean", ".2f"),
     ):
         if key in metrics:
             suffix = "GiB" if form.endswith("GiB") else ""

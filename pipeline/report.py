@@ -43,6 +43,8 @@ def final_report(config: PretrainConfig, summary: dict[str, Any]) -> str:
                 f"{m[f'val/baseline_mfm{s}']:.4f}   ratio {m[f'val/mfm{s}_loss_over_baseline']:.3f}"
             )
         lines.append(f"       all stages, ratio {summary['mfm_loss_over_baseline']:.3f}")
+    size = m["val/stage16_abs_mean"]
+    lines.append(f"features of stage 16 at visible patches: mean absolute value {size:.2f}")
     weights = f"encoder   {folder.path / folder.export_file}"
     return "\n".join([*lines, *_ending(config, summary, "reconstructions", weights)])
 

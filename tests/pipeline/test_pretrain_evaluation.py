@@ -57,7 +57,13 @@ def slow_pixel_metrics(model: PretrainingModel, crops: Tensor, mask: Tensor) -> 
             errors["position"].append(float(np.mean((position_mean[n] - target[n]) ** 2)))
             errors["colour"].append(float(np.mean((colour - target[n]) ** 2)))
     loss, position, colour = (float(np.mean(values)) for values in errors.values())
+    sizes = []
+    for image, one_mask in zip(images, mask, strict=True):
+        visible = (~one_mask).nonzero()[:, 0]
+        with torch.no_grad():
+            sizes.append(model.encoder(image[None], visible[None]).stages[16].abs().mean().item())
     return {
+        "val/stage16_abs_mean": float(np.mean(sizes)),
         "val/loss_mim": loss,
         "val/baseline_position_mean": position,
         "val/baseline_visible_colour": colour,
