@@ -16,13 +16,15 @@ from pyarrow import fs
 
 from pipeline.demo_data import write_demo_photos
 from pipeline.demo_digits import write_digits
-from pipeline.demo_scenes import SEGMENTATION_NAMES, SceneSettings, write_digit_scenes
+from pipeline.demo_scenes import SceneSettings, write_digit_scenes
 from pipeline.prepare.job import prepare
 from pipeline.prepare.settings import PrepareConfig
 from pipeline.shards import Manifest
 
 DemoTask = Literal["digits", "scenes-detect", "scenes-segment"]
 SPLITS = ("train", "val")
+DEMO_SCENES = SceneSettings(num_val=40, one_class=True, num_digits=(3, 6), digit_size=(32, 64))
+"""Finding digits can be learnt in a minute, telling them apart in a scene cannot."""
 
 
 def prepare_demo_labels(
@@ -40,7 +42,7 @@ def prepare_demo_labels(
     Args:
         folder: the demo's data, for example runs/demo-data.
         labels_per_class: labelled digits of each class; 597 are held out.
-        scenes: None for the defaults.
+        scenes: None for DEMO_SCENES.
         seed: chooses the labelled digits.
 
     Raises:
@@ -48,6 +50,7 @@ def prepare_demo_labels(
         ValueError: the sets are there with other settings.
     """
     folder = Path(folder)
+    scenes = scenes or DEMO_SCENES
     write_demo_photos(folder)
     digits = write_digits(
         folder / "sources" / "digits", labels_per_class=labels_per_class, seed=seed
@@ -74,7 +77,7 @@ def prepare_demo_labels(
             ),
         ):
             prepare(config, with_ray=False)
-        _name_classes(sets["scenes-segment"] / split, SEGMENTATION_NAMES)
+        _name_classes(sets["scenes-segment"] / split, ("background", *scenes.class_names))
     return sets
 
 

@@ -20,8 +20,6 @@ from pycocotools import mask as coco_mask
 
 from pipeline.demo_digits import DIGIT_NAMES, Digits, load_digits, write_once
 
-SEGMENTATION_NAMES = ("background", *DIGIT_NAMES)
-"""Classes of the index masks: 0, then the digit + 1."""
 _CROP_SIDES = (64, 96)  # pixels; 96 is the narrowest strip that demo_data holds out
 _LEAST_VISIBLE = 0.6  # of a digit that others lie on
 _TRIES = 20
@@ -44,6 +42,8 @@ class SceneSettings:
     """Fewest and most digits of a scene; where there is no room, fewer than drawn."""
     digit_size: tuple[int, int] = (24, 64)
     """Smallest and largest side of a digit in pixels."""
+    one_class: bool = False
+    """Annotate every digit as "digit": the annotations no longer say which."""
     seed: int = 0
     """Scene i of a split is a function of (seed, split, i)."""
 
@@ -61,6 +61,11 @@ class SceneSettings:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the objects; index masks have the background before them."""
+        return ("digit",) if self.one_class else DIGIT_NAMES
+
 
 class Scene(NamedTuple):
     """One image and its annotations."""
@@ -68,13 +73,13 @@ class Scene(NamedTuple):
     image: NDArray[np.uint8]
     """(S, S, 3) RGB."""
     labels: list[int]
-    """Digit of each object, 0 to 9, in the order they were laid."""
+    """Class of each object in the order they were laid: the digit, or 0 if all are one class."""
     masks: list[NDArray[np.bool_]]
     """(S, S) visible pixels of each object; no two overlap."""
 
     @property
     def index_mask(self) -> NDArray[np.uint8]:
-        """(S, S) 0 on the background, digit + 1 on a digit."""
+        """(S, S) 0 on the background, label + 1 on an object."""
         ids = np.zeros(self.image.shape[:2], np.uint8)
         for label, mask in zip(self.labels, self.masks, strict=True):
             ids[mask] = label + 1
@@ -115,7 +120,7 @@ def write_digit_scenes(
                 )
                 for i in range(num_scenes)
             ]
-            _write_split(folder / split, scenes)
+            _write_split(folder / split, scenes, settings.class_names)
 
     return write_once(Path(folder), {"what": "scenes", **dataclasses.asdict(settings)}, write)
 
@@ -143,7 +148,7 @@ def compose_scene(
         _paint(scene.image, ink, _colour(scene.image[visible], generator))
         for mask in scene.masks:
             mask &= ~visible
-        scene.labels.append(int(digits.labels[number]))
+        scene.labels.append(0 if settings.one_class else int(digits.labels[number]))
         scene.masks.append(visible)
         areas.append(int(visible.sum()))
     return scene
@@ -203,17 +208,17 @@ def _read_photos(folder: Path) -> list[Image.Image]:
     return photos
 
 
-def _write_split(folder: Path, scenes: list[Scene]) -> None:
+def _write_split(folder: Path, scenes: list[Scene], names: tuple[str, ...]) -> None:
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
     for i, scene in enumerate(scenes):
         Image.fromarray(scene.image).save(folder / "images" / f"{i:05d}.jpg", quality=95)
         Image.fromarray(scene.index_mask).save(folder / "masks" / f"{i:05d}.png")
-    (folder / "instances.json").write_text(json.dumps(coco_annotations(scenes)))
+    (folder / "instances.json").write_text(json.dumps(coco_annotations(scenes, names)))
 
 
-def coco_annotations(scenes: list[Scene]) -> dict[str, Any]:
-    """Content of a COCO file; scene i is the image i + 1, the digit d the category d + 1."""
+def coco_annotations(scenes: list[Scene], names: tuple[str, ...]) -> dict[str, Any]:
+    """Content of a COCO file; scene i is the image i + 1, the label c the category c + 1."""
     annotations: list[dict[str, Any]] = []
     for i, scene in enumerate(scenes):
         for label, mask in zip(scene.labels, scene.masks, strict=True):
@@ -233,5 +238,5 @@ def coco_annotations(scenes: list[Scene]) -> dict[str, Any]:
         {"id": i + 1, "file_name": f"{i:05d}.jpg", "width": side, "height": side}
         for i, side in enumerate(len(scene.image) for scene in scenes)
     ]
-    categories = [{"id": d + 1, "name": name} for d, name in enumerate(DIGIT_NAMES)]
+    categories = [{"id": c + 1, "name": name} for c, name in enumerate(names)]
     return {"images": images, "annotations": annotations, "categories": categories}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import ray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from pipeline.demo_labels import prepare_demo_labels
+from pipeline.demo_labels import DEMO_SCENES, prepare_demo_labels
 from pipeline.demo_scenes import SceneSettings
 from pipeline.sources import build_index
 from tests.pipeline.preparing import read_manifest, read_rows
@@ -47,6 +48,15 @@ def test_each_set_opens_with_its_counts_annotations_and_classes(
         assert manifest.classes == classes and manifest.preparation["num_bad"] == 0
         index = build_index(str(folder / task / split))
         assert index.num_samples == count and list(index.classes) == classes
+
+
+def test_the_demo_itself_asks_for_digits_of_one_class(tmp_path: Path):
+    scenes = dataclasses.replace(DEMO_SCENES, num_train=2, num_val=1)
+    prepare_demo_labels(tmp_path, labels_per_class=1, scenes=scenes)
+    assert read_manifest(tmp_path / "scenes-detect" / "train").classes == ["digit"]
+    assert read_manifest(tmp_path / "scenes-segment" / "val").classes == ["background", "digit"]
+    rows = read_rows(tmp_path / "scenes-segment" / "train")
+    assert {*np.unique(np.asarray(Image.open(io.BytesIO(rows[0]["mask"]))))} == {0, 1}
 
 
 def test_labels_are_the_digits_of_the_folders(folder: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,26 @@ def test_boxes_and_run_lengths_are_those_of_the_index_mask(
 def test_categories_are_the_ten_digits_one_below_their_index(written: Path):
     categories = json.loads((written / "val" / "instances.json").read_text())["categories"]
     assert categories == [{"id": d + 1, "name": str(d)} for d in range(10)]
+
+
+def test_one_class_leaves_everything_but_the_labels_as_it_is(
+    written: Path, photos: Path, tmp_path: Path
+):
+    settings = dataclasses.replace(SETTINGS, one_class=True)
+    of_one_class = write_digit_scenes(tmp_path / "scenes", photos, settings) / "val"
+    ten, one = (COCO(f / "instances.json").dataset for f in (written / "val", of_one_class))
+    assert one["categories"] == [{"id": 1, "name": "digit"}]
+    assert {a["category_id"] for a in one["annotations"]} == {1}
+    assert len({a["category_id"] for a in ten["annotations"]}) > 1
+    for kind in ("bbox", "segmentation"):
+        assert [a[kind] for a in one["annotations"]] == [a[kind] for a in ten["annotations"]]
+    for path in (written / "val" / "masks").iterdir():
+        ids, is_digit = (
+            np.asarray(Image.open(f / path.name)) for f in (path.parent, of_one_class / "masks")
+        )
+        assert np.array_equal(is_digit, ids > 0)
+        images = (f / "images" / f"{path.stem}.jpg" for f in (written / "val", of_one_class))
+        assert len({image.read_bytes() for image in images}) == 1
 
 
 def test_a_digit_is_painted_where_its_mask_is_and_nowhere_else():
