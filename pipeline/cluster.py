@@ -33,8 +33,8 @@ PRIVATE_ENV = {
     # A data worker idles while the trainers are busy with what it decoded. Killed after Ray's one
     # second it would spend more CPU on importing than on decoding (measured: half of two cores).
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
-    # Ray warns of three times as many processes; by default as many as there are cores, and two runs
-    # side by side on two cores are that many.
+    # Ray warns of more than three times this many processes. The default is the number of cores,
+    # and two runs side by side on two cores have more.
     "RAY_worker_maximum_startup_concurrency": "6",
     # Nobody takes this one node away; watching for it costs an actor and two seconds of start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

@@ -54,9 +54,9 @@ def demo() -> PretrainConfig:
         run=RunConfig(
             name="demo",
             log_every_steps=10,
-            checkpoint_every_steps=160,
-            evaluate_every_steps=240,
-            picture_every_steps=240,
+            checkpoint_every_steps=125,
+            evaluate_every_steps=250,
+            picture_every_steps=250,
         ),
         data=DataConfig(
             path=f"{DEMO_DATA}/train",
@@ -69,7 +69,7 @@ def demo() -> PretrainConfig:
         model=ModelConfig(name="itpn_nano_patch16_224"),
         objective=ObjectiveConfig(norm_pix_loss=False, teacher_momentum=0.99),
         # At 2e-3 the pixels come out better and the features transfer worse (docs/experiments.md).
-        optim=OptimConfig(lr=5e-4, num_steps=480, warmup_ratio=0.05, clip_grad_norm=1.0),
+        optim=OptimConfig(lr=5e-4, num_steps=500, warmup_ratio=0.05, clip_grad_norm=1.0),
         scaling=ScalingConfig(num_workers=2),
     )
 
