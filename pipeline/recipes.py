@@ -54,7 +54,7 @@ def demo() -> PretrainConfig:
         run=RunConfig(
             name="demo",
             log_every_steps=10,
-            checkpoint_every_steps=125,
+            checkpoint_every_steps=150,
             evaluate_every_steps=250,
             picture_every_steps=250,
         ),
