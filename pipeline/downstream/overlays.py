@@ -21,6 +21,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 Pixels = NDArray[np.uint8]
 IGNORED_COLOUR = (128, 128, 128)
+MOST_DRAWN = 20
+"""Boxes drawn on an image; a model that has learnt little is sure of a hundred."""
 _GOLDEN = 0.618034  # steps of the golden ratio keep the hues of any first K classes apart
 _TONES = ((0.85, 0.95), (0.65, 0.6), (0.5, 1.0))  # saturation, value; none near grey
 _MASK_ALPHA = 0.45
@@ -87,10 +89,11 @@ def colour_map(labels: Tensor | Pixels, num_classes: int) -> Pixels:
 def predicted_objects(
     prediction: dict[str, Tensor], classes: list[str], min_score: float
 ) -> Objects:
-    """Predictions of at least `min_score`, the best last, hence on top."""
+    """The MOST_DRAWN best predictions of at least `min_score`, the best last, hence on top."""
     boxes, scores = prediction["boxes"].detach().cpu(), prediction["scores"].detach().cpu()
     order = scores.argsort(stable=True)
     order = order[(scores >= min_score)[order] & boxes.isfinite().all(1)[order]]
+    order = order[-MOST_DRAWN:]
     numbers = (prediction["labels"].cpu()[order] - 1).tolist()
     masks = prediction["masks"].detach().cpu()[order, 0] > 0.5 if "masks" in prediction else None
     percents = (100 * scores[order]).tolist()

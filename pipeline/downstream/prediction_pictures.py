@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.downstream.overlays import (
     IGNORED_COLOUR,
+    MOST_DRAWN,
     Objects,
     Pixels,
     class_colours,
@@ -151,7 +152,8 @@ def detection_picture(
         truth = true_objects(target, image.shape[:2], classes)
         found = predicted_objects(prediction, classes, min_score)
         rows.append([_detection_tile(image, objects, tile_px) for objects in (truth, found)])
-    return png_bytes(picture_grid(rows, ["truth", f"prediction, score >= {min_score:g}"]))
+    titles = ["truth", f"prediction: {MOST_DRAWN} best of score >= {min_score:g}"]
+    return png_bytes(picture_grid(rows, titles))
 
 
 def _detection_tile(image: Pixels, objects: Objects, tile_px: int) -> Image.Image:

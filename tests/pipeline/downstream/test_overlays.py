@@ -9,10 +9,12 @@ import torch
 
 from pipeline.downstream.overlays import (
     IGNORED_COLOUR,
+    MOST_DRAWN,
     class_colours,
     colour_map,
     overlay_detection,
     overlay_segmentation,
+    predicted_objects,
     true_objects,
 )
 from tests.pipeline.downstream.detections import SIZE, prediction_of, target_of
@@ -61,6 +63,14 @@ def test_the_best_of_overlapping_predictions_is_on_top():
     found = prediction_of([BOX, BOX], [1, 2], [0.9, 0.5], masks=torch.zeros(2, 1, *SIZE))
     drawn = overlay_detection(grey_image(), found, CLASSES)
     np.testing.assert_array_equal(drawn[70, 30], class_colours(1)[0])
+
+
+def test_of_many_predictions_the_best_are_drawn():
+    scores = [0.5 + number / 100 for number in range(30)]
+    found = prediction_of([BOX] * 30, scores=scores[::-1], masks=torch.zeros(30, 1, *SIZE))
+    texts = predicted_objects(found, CLASSES, min_score=0.3).texts
+    percents = [int(text.split()[-2]) for text in texts]
+    assert percents == [round(100 * score) for score in scores[-MOST_DRAWN:]]
 
 
 def test_what_is_unlikely_or_not_finite_is_not_drawn():
