@@ -34,9 +34,9 @@ from rich.table import Table
 from pipeline.between_steps import Hooks
 from pipeline.checkpoint import MODEL_FILE, Checkpointer
 from pipeline.config_values import apply_overrides, config_hash
-from pipeline.data import Batch, micro_batches, sample_stream
+from pipeline.data import Batch, made_ahead, micro_batches, sample_stream
 from pipeline.downstream.tasks import create_task
-from pipeline.evaluation_data import made_ahead, share_of
+from pipeline.evaluation_data import share_of
 from pipeline.finetune import finetune
 from pipeline.finetune_config import FinetuneConfig, Task
 from pipeline.finetune_recipes import small_classify, small_detect, small_segment

@@ -47,7 +47,7 @@ _OBJECT_STORE_BYTES = 512 * 2**20  # uint8 batches in flight; Ray's default take
 
 def needed_cpus(config: TrainingConfig, num_workers: int) -> float:
     """Logical CPUs of a run with so many workers: training and decoding."""
-    decoding = max(config.data.num_cpus, num_workers)
+    decoding = max(config.data.num_cpus, num_workers) if config.data.num_cpus else 0
     return num_workers * config.scaling.cpus_per_worker + decoding
 
 
@@ -124,7 +124,7 @@ def _check_resources(config: TrainingConfig) -> None:
         raise ValueError(
             f"the cluster has {has:g} CPUs but the run needs {needed:g}: scaling.num_workers="
             f"{workers} x scaling.cpus_per_worker={scaling.cpus_per_worker:g} + "
-            f"{decoding:g} for decoding (data.num_cpus, at least one a worker); lower one of them"
+            f"{decoding:g} for decoding (data.num_cpus, 0 or one a worker); lower one of them"
         )
     if scaling.use_gpu and workers > total.get("GPU", 0):
         raise ValueError(

@@ -101,7 +101,8 @@ class SampleConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Channel deviations in [0, 1] for normalising on the device."""
     num_cpus: int = 2
-    """Logical CPUs kept for decoding, over all workers; at least one per training worker."""
+    """Logical CPUs kept for decoding, over all workers; at least one per training worker. 0 decodes
+    in a thread of each training worker: a run of a minute does not wait for processes to start."""
     prefetch_batches: int = 4
     """Micro-batches decoded ahead of a training worker."""
     shuffle_window: int = 1024
@@ -125,8 +126,12 @@ class SampleConfig:
             raise ValueError(
                 f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]; use 0.01"
             )
-        for key in ("global_batch_size", "num_cpus", "prefetch_batches", "shuffle_window"):
+        for key in ("global_batch_size", "prefetch_batches", "shuffle_window"):
             require_positive(f"data.{key}", getattr(self, key))
+        if self.num_cpus < 0:
+            raise ValueError(
+                f"data.num_cpus={self.num_cpus} must be >= 0; 0 decodes in the training workers"
+            )
 
     @property
     def num_patches(self) -> int:

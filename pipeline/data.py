@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -47,6 +48,7 @@ CPUS_PER_TASK = 0.66  # three tasks on two CPUs: while one waits for its turn, t
 _BRIDGE_SAMPLES = 128
 _MIN_BLOCK_BYTES = 4 * 2**20  # small micro-batches share an object; it costs about 1 ms
 _EXECUTOR_REST_S = 0.02
+_AHEAD = 2
 
 
 class Draws(NamedTuple):
@@ -195,6 +197,8 @@ def sample_stream(config: TrainingConfig, index: Index) -> SampleStream:
 class TrainingBatches:
     """Iterates over a worker's micro-batches from a step on, through Ray Data.
 
+    With `data.num_cpus=0` a thread of this process makes them instead.
+
     Args:
         config: the run.
         index_ref: object reference of the index (see `sources.build_index`).
@@ -231,9 +235,14 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches of `config.batch_size_per_worker` samples, in order."""
-        chunk = self.steps_per_task * _TASKS_PER_DATASET
+        is_here = self.config.data.num_cpus == 0
+        chunk = self.steps_per_task * (1 if is_here else _TASKS_PER_DATASET)
         for first in range(self.start_step, self.num_steps, chunk):
-            yield from self._chunk(first, min(first + chunk, self.num_steps))
+            last = min(first + chunk, self.num_steps)
+            if is_here:
+                yield from made_ahead(self.maker, list(self._micros(first, last)))
+            else:
+                yield from self._chunk(first, last)
 
     def _chunk(self, first: int, last: int) -> Iterator[Batch]:
         """Micro-batches of the steps first..last-1, from one dataset.
@@ -313,6 +322,19 @@ def tuned(
         cpu=cpus, object_store_memory=num_micros * micro_bytes
     )
     return dataset
+
+
+def made_ahead(maker: SampleMaker, micros: list[Draws]) -> Iterator[Batch]:
+    """Micro-batches made by a thread of this process, a few before they are asked for."""
+    maker.reader.plan(np.concatenate([draws.rows for draws in micros]).tolist() if micros else [])
+    with ThreadPoolExecutor(1, "make-samples") as thread:
+        ready: deque[Future[Batch]] = deque()
+        for draws in micros:
+            ready.append(thread.submit(maker.batch, draws))
+            if len(ready) > _AHEAD:
+                yield ready.popleft().result()
+        while ready:
+            yield ready.popleft().result()
 
 
 class SyntheticBatches:

@@ -80,7 +80,7 @@ def demo_runs(storage_path: str = "runs") -> dict[Task, FinetuneConfig]:
                 "data.val_path": f"{folder}/val",
                 # Two runs side by side on two cores: starting takes longer than learning here.
                 "scaling.cpus_per_worker": 1.0,
-                "data.num_cpus": 1,
+                "data.num_cpus": 0,
                 **_CHANGES[task],
             },
         )

@@ -7,9 +7,7 @@ seconds to start, which a small evaluation does not take.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -18,12 +16,19 @@ import ray.data
 from numpy.typing import NDArray
 
 from pipeline.config import TrainingConfig
-from pipeline.data import CPUS_PER_TASK, Batch, Draws, MakerBuilder, SampleMaker, tuned
+from pipeline.data import (
+    CPUS_PER_TASK,
+    Batch,
+    Draws,
+    MakerBuilder,
+    SampleMaker,
+    made_ahead,
+    tuned,
+)
 from pipeline.reproducibility import EVAL_EPOCH
 
 _SMALL_SHARE = 2048
 _MICROS_PER_TASK = 8
-_AHEAD = 2
 
 
 class EvaluationBatches:
@@ -55,7 +60,8 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         micros = share_of(self.maker, self.config.batch_size_per_worker, self.rank, self.world_size)
-        if sum(len(draws.rows) for draws in micros) <= _SMALL_SHARE:
+        is_small = sum(len(draws.rows) for draws in micros) <= _SMALL_SHARE
+        if is_small or self.config.data.num_cpus == 0:
             return made_ahead(self.maker, micros)
         return self._through_ray_data(len(micros))
 
@@ -89,19 +95,6 @@ def share_of(maker: SampleMaker, size: int, rank: int = 0, world_size: int = 1) 
     rows = np.arange(rank, len(maker.reader), world_size)
     parts = [rows[first : first + size] for first in range(0, len(rows), size)]
     return [Draws(part, np.full_like(part, EVAL_EPOCH), part) for part in parts]
-
-
-def made_ahead(maker: SampleMaker, micros: list[Draws]) -> Iterator[Batch]:
-    """Micro-batches made by a thread, a few before they are asked for."""
-    maker.reader.plan(np.concatenate([draws.rows for draws in micros]).tolist() if micros else [])
-    with ThreadPoolExecutor(1, "evaluation-data") as thread:
-        ready: deque[Future[Batch]] = deque()
-        for draws in micros:
-            ready.append(thread.submit(maker.batch, draws))
-            if len(ready) > _AHEAD:
-                yield ready.popleft().result()
-        while ready:
-            yield ready.popleft().result()
 
 
 def _load_share(

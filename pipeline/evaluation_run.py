@@ -21,7 +21,7 @@ from models.itpn import create_itpn
 from models.weights import load_weights
 from pipeline.cluster import joined_cluster
 from pipeline.config import require_positive
-from pipeline.data import Batch
+from pipeline.data import Batch, made_ahead
 from pipeline.downstream.finetuned import Finetuned, load_finetuned
 from pipeline.downstream.probes import knn_predict, linear_probe
 from pipeline.downstream.samples import maker_builder
@@ -32,7 +32,7 @@ from pipeline.downstream.task_samples import (
     task_samples,
 )
 from pipeline.evaluate import Share, combine, score_share
-from pipeline.evaluation_data import made_ahead, share_of
+from pipeline.evaluation_data import share_of
 from pipeline.finetune_config import InitConfig, task_of
 from pipeline.frozen_features import LabelledFeatures, embed, probe_config
 from pipeline.init_weights import read_initial_weights, run_config

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from models.itpn import ITPN
 from pipeline.config import PretrainConfig, RunConfig
-from pipeline.data import Batch, Draws, SampleMaker
+from pipeline.data import Batch, Draws, SampleMaker, made_ahead
 from pipeline.downstream.accuracy import ClassificationScores
 from pipeline.downstream.probes import knn_predict
 from pipeline.downstream.samples import maker_builder, unpack
 from pipeline.downstream.task_samples import check_same_classes, classes_of, task_samples
-from pipeline.evaluation_data import made_ahead, share_of
+from pipeline.evaluation_data import share_of
 from pipeline.finetune_config import (
     ClassifyConfig,
     FinetuneModelConfig,

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from pipeline.checkpoint import MODEL_FILE
 from pipeline.config_values import config_to_dict
+from pipeline.data import made_ahead
 from pipeline.downstream.finetuned import load_finetuned
 from pipeline.evaluate import evaluate_task
-from pipeline.evaluation_data import made_ahead, share_of
+from pipeline.evaluation_data import share_of
 from pipeline.finetune_config import FinetuneConfig
 from pipeline.finetuning_run import VALIDATION, open_data, run_finetuning
 from pipeline.logbook import Logbook

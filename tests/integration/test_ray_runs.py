@@ -16,6 +16,7 @@ from models.weights import load_weights
 from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides, config_to_dict
 from pipeline.data import SampleFactory, TrainingBatches, micro_batches, sample_stream
+from pipeline.evaluation_data import EvaluationBatches
 from pipeline.pretraining_run import run_pretraining
 from pipeline.quarantine import QUARANTINE_FILE, read_quarantine
 from pipeline.reproducibility import stable_id
@@ -129,10 +130,12 @@ def test_workers_together_see_exactly_the_samples_crops_and_masks_of_one(
     one = apply_overrides(debug_config, settings)
     index = build_index(one.data.path)
     index_ref = ray.put(index)
-    batches: dict[int, dict[int, bytes]] = {}
-    for workers in (1, 2, 4):
-        config = apply_overrides(one, {"scaling.num_workers": workers})
-        seen = batches[workers] = {}
+    batches: dict[tuple[int, int], dict[int, bytes]] = {}
+    # Two CPUs for decoding; or none, that is, in a thread of the training process.
+    for workers, num_cpus in ((1, 2), (2, 2), (4, 2), (1, 0), (2, 0)):
+        settings = {"scaling.num_workers": workers, "data.num_cpus": num_cpus}
+        config = apply_overrides(one, settings)
+        seen = batches[workers, num_cpus] = {}
         for rank in range(workers):
             source = TrainingBatches(
                 config, index_ref, rank=rank, world_size=workers, start_step=3, num_steps=45
@@ -141,15 +144,31 @@ def test_workers_together_see_exactly_the_samples_crops_and_masks_of_one(
                 for i, position in enumerate(batch["position"].tolist()):
                     assert position not in seen, "no sample twice"
                     seen[position] = batch["image"][i].tobytes() + batch["mask"][i].tobytes()
-    assert batches[1] == batches[2] == batches[4]
-    assert sorted(batches[1]) == list(range(3 * 16, 45 * 16)), "no replay, ends with the run"
+    first = batches.pop((1, 2))
+    assert all(others == first for others in batches.values())
+    assert sorted(first) == list(range(3 * 16, 45 * 16)), "no replay, ends with the run"
     factory, stream = SampleFactory.build(one, index), sample_stream(one, index)
     for step in (3, 44):
         (draws,) = micro_batches(stream, one, step, rank=0)
         direct = factory.batch(draws)
         for i, position in enumerate(draws.positions.tolist()):
             expected = direct["image"][i].tobytes() + direct["mask"][i].tobytes()
-            assert batches[1][position] == expected
+            assert first[position] == expected
+
+
+def test_without_cpus_for_decoding_neither_training_nor_evaluation_starts_ray_data(
+    debug_config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+):
+    config = apply_overrides(debug_config, {"data.num_cpus": 0})
+    index_ref = ray.put(build_index(config.data.path))
+    monkeypatch.setattr("pipeline.evaluation_data._SMALL_SHARE", 0)
+    for name in ("pipeline.data.ray.data.range", "pipeline.evaluation_data.ray.data.range"):
+        monkeypatch.setattr(name, None)
+    training = TrainingBatches(config, index_ref, start_step=0, num_steps=40)
+    assert sum(len(batch["row"]) for batch in training) == 40 * 16
+    evaluation = EvaluationBatches(config, index_ref, SampleFactory.build)
+    num_images = len(SampleFactory.build(config, ray.get(index_ref)).reader)
+    assert sum(len(batch["row"]) for batch in evaluation) == num_images
 
 
 @pytest.mark.faults

@@ -90,7 +90,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"data.crop_scale": (0.0, 1.0)}, "data.crop_scale=(0.0, 1.0) must satisfy"),
     ({"data.crop_scale": (0.2, 1.1)}, "data.crop_scale=(0.2, 1.1) must satisfy"),
     ({"data.global_batch_size": 0}, "data.global_batch_size=0 must be greater than 0"),
-    ({"data.num_cpus": 0}, "data.num_cpus=0 must be greater than 0"),
+    ({"data.num_cpus": -1}, "data.num_cpus=-1 must be >= 0; 0 decodes in the training workers"),
     ({"data.num_eval_crops": 0}, "data.num_eval_crops=0 must be greater than 0"),
     ({"data.prefetch_batches": 0}, "data.prefetch_batches=0 must be greater than 0"),
     (

@@ -16,10 +16,11 @@ import torch
 
 from models.itpn import ITPN
 from pipeline.cluster import joined_cluster
+from pipeline.data import made_ahead
 from pipeline.downstream.finetuned import load_finetuned
 from pipeline.downstream.probes import knn_predict, linear_probe
 from pipeline.evaluate import evaluate_task
-from pipeline.evaluation_data import made_ahead, share_of
+from pipeline.evaluation_data import share_of
 from pipeline.evaluation_run import VALIDATION, EvaluateConfig, evaluate_run
 from pipeline.finetune_config import ClassifyConfig, Task
 from pipeline.frozen_features import LabelledFeatures, embed, probe_config

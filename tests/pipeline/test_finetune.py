@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from models.pretraining import create_pretraining_model
 from pipeline.checkpoint import MODEL_FILE, load_state
+from pipeline.data import made_ahead
 from pipeline.downstream.tasks import create_task
 from pipeline.evaluate import combine, evaluate_task, score_share
-from pipeline.evaluation_data import made_ahead, share_of
+from pipeline.evaluation_data import share_of
 from pipeline.finetune import build_state, evaluated_model, lr_at
 from pipeline.finetune_config import Task
 from pipeline.finetuning_run import VALIDATION, open_data

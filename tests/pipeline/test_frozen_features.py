@@ -15,11 +15,11 @@ import torch
 from models.itpn import ITPN, create_itpn
 from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
-from pipeline.data import Batch
+from pipeline.data import Batch, made_ahead
 from pipeline.downstream.probes import knn_predict
 from pipeline.downstream.samples import maker_builder, unpack
 from pipeline.downstream.task_samples import task_samples
-from pipeline.evaluation_data import made_ahead, share_of
+from pipeline.evaluation_data import share_of
 from pipeline.finetune_config import ClassifyConfig
 from pipeline.frozen_features import LabelledFeatures, OnlineKnn, embed, probe_config
 from pipeline.recipes import debug
