@@ -172,7 +172,7 @@ def command(places: Path, task: Task, storage: Path, *more: str) -> list[str]:
     [
         # Classification has no neck, as the official one.
         ("classify", r"matched +35 .*\n +resized +0.*\n +new +5 .*\n.* 40 +enc", 18_701, "augment"),
-        ("detect", r"matched +75 .*\n +resized +0.*\n +new +48 .*\n.* 0 ", 1_101_199, "detector"),
+        ("detect", r"matched +75 .*\n +resized +0.*\n +new +48 .*\n.* 0 ", 308_463, "detector"),
         ("segment", r"matched +75 .*\n +resized +0.*\n +new +83 .*\n.* 0 ", 600_066, "segmenter"),
     ],
     ids=TASKS,

@@ -31,8 +31,9 @@ def test_a_crop_is_a_part_of_the_whole_resized_image(
     part = resized_crop(EncodedImage.open(encode(image)), new_size, crop)
     expected = whole[crop[1] : crop[3], crop[0] : crop[2]]
     assert part.shape == expected.shape
-    # The weights are computed from another origin: their last bit may round the other way.
-    assert np.abs(part.astype(int) - expected).max() <= 1
+    # The weights are computed from another origin: their last bit may round the other way, once in
+    # the rows and once in the columns. The image is noise, a shift by a pixel would be far more.
+    assert np.abs(part.astype(int) - expected).max() <= 2
 
 
 def smooth_photograph(size: tuple[int, int]) -> Image.Image:
