@@ -1,6 +1,6 @@
 """Fine-tune the demo's encoder for three tasks, beside random weights: `make demo-finetune`.
 
-    python -m jobs.demo_finetune     # 2 CPU cores, more than 8 minutes
+    python -m jobs.demo_finetune     # 2 CPU cores, under 8 minutes
 
 Runs `demo` first where that has not been done. Expected: one table, task by task, and the same
 figures in runs/demo-finetune/summary.json.
