@@ -14,8 +14,7 @@ What torchvision cannot express, and what stands instead:
 * images are padded to multiples of 64, not 32, because torchvision derives the anchors' stride from
   the shape of the level, which must then divide exactly.
 Departures, ours: `fpn_depth` is that of pre-training, so no neck weight is dropped (official: 1 of
-2 blocks); the LayerNorm epsilon is 1e-6 as in pre-training (official: 1e-5). The decomposed
-relative positions of the official CLIP-L config are not built (golden/c2*).
+2 blocks); the LayerNorm epsilon is 1e-6 as in pre-training (official: 1e-5).
 """
 
 # B batch, C image channels, H x W image, F fpn_dim
@@ -23,6 +22,8 @@ relative positions of the official CLIP-L config are not built (golden/c2*).
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -209,7 +210,8 @@ def create_detector(
     pos_embed_size: int | None = None,
     rel_pos_bias: bool = False,
     drop_path_rate: float = 0.0,
-    init_values: float | None = None,
+    decomposed_rel_pos: bool = False,
+    encoder_kwargs: Mapping[str, Any] = MappingProxyType({}),
     **detector_kwargs: Any,
 ) -> ITPNDetector:
     """Build a named detector with fresh weights.
@@ -223,7 +225,9 @@ def create_detector(
         rel_pos_bias: relative position bias (off in the official configs); its tables are those of
             the variant's image size and interpolated for every other.
         drop_path_rate: stochastic depth of the last block (official: 0.05 for 1x, 0.3 for 3x).
-        init_values: initial layer scale, None for none.
+        decomposed_rel_pos: ViTDet's decomposed relative positions instead (official CLIP-L
+            detector); they fit images of every size.
+        encoder_kwargs: passed to `create_itpn`, such as fpn_dim; overrules the others.
         **detector_kwargs: passed to `ITPNDetector`.
 
     Raises:
@@ -237,8 +241,11 @@ def create_detector(
         img_size=get_variant(name).img_size,
         pos_embed_size=pos_embed_size,
         rel_pos_bias=rel_pos_bias,
-        drop_path_rate=drop_path_rate,
-        init_values=init_values,
+        **{
+            "drop_path_rate": drop_path_rate,
+            "decomposed_rel_pos": decomposed_rel_pos,
+            **encoder_kwargs,
+        },
     )
     return ITPNDetector(
         encoder,

@@ -9,11 +9,17 @@ stage of the same stride and max-pools.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.itpn import ITPNFeatures
+
+OutputFormat = Literal["NCHW", "NHWC", "NLC"]
+"""Layouts of a map, as timm names them; NLC is its cells in raster order."""
 
 
 def fold_cells(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -30,6 +36,30 @@ def fold_cells(x: Tensor, grid: tuple[int, int]) -> Tensor:
     h, w = grid
     x = x.reshape(B, h, w, c, c, d).permute(0, 5, 1, 3, 2, 4)  # (B, d, h, c, w, c)
     return x.reshape(B, d, h * c, w * c)
+
+
+def feature_maps(
+    features: Iterable[Tensor], grid: tuple[int, int], output_fmt: OutputFormat = "NCHW"
+) -> list[Tensor]:
+    """Stages or levels as maps, in the layout asked for.
+
+    Args:
+        features: each (B, N, c, c, d).
+        grid: token grid (h, w) with h * w = N.
+        output_fmt: NCHW (B, d, h*c, w*c), NHWC (B, h*c, w*c, d) or NLC (B, h*c*w*c, d).
+
+    Raises:
+        ValueError: no such layout.
+    """
+    if output_fmt not in get_args(OutputFormat):
+        raise ValueError(
+            f"output_fmt={output_fmt!r} is unknown; use one of {', '.join(get_args(OutputFormat))}"
+        )
+    maps = [fold_cells(x, grid) for x in features]
+    if output_fmt == "NCHW":
+        return maps
+    maps = [x.movedim(1, -1) for x in maps]
+    return maps if output_fmt == "NHWC" else [x.flatten(1, 2) for x in maps]
 
 
 def detection_levels(

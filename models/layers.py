@@ -10,16 +10,22 @@ dropped before the very first layer.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, resize_rel_pos_bias_table_simple, trunc_normal_
+from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
 from torch import Tensor, nn
 
 from models.tokens import check_image_size, gather_tokens
 
 CELLS = 4  # cells per token side at stride 4; merges halve it twice
+
+
+RelPos = Literal["bias", "decomposed"]
+"""Kinds of learned relative positions: a table with a number for each offset and head (Swin), or
+vectors by row and by column offset, added as products with the query (ViTDet)."""
 
 
 class RelativePositions(NamedTuple):
@@ -32,14 +38,20 @@ class RelativePositions(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with an optional learned relative position bias.
+    """Multi-head self-attention with optional learned relative positions.
 
-    The bias table belongs to `rel_pos_grid`; for another grid it is resized bicubically on the fly
-    (the official code raises there).
+    The tables belong to `rel_pos_grid`; for another grid they are resized on the fly: bicubically
+    in two dimensions ("bias"; the official code raises there), linearly in one ("decomposed",
+    det/mmdet/models/backbones/iTPN_CLIP.py).
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, rel_pos_grid: tuple[int, int] | None = None
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        rel_pos_grid: tuple[int, int] | None = None,
+        rel_pos: RelPos = "bias",
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -48,28 +60,56 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, dim * 3)
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table: nn.Parameter | None = None
-        if rel_pos_grid is not None:
-            h, w = rel_pos_grid
-            table = torch.zeros((2 * h - 1) * (2 * w - 1), num_heads)
+        self.rel_pos_h: nn.Parameter | None = None
+        self.rel_pos_w: nn.Parameter | None = None
+        if rel_pos_grid is None:
+            return
+        rows, columns = (2 * side - 1 for side in rel_pos_grid)
+        if rel_pos == "bias":
+            table = torch.zeros(rows * columns, num_heads)
             self.relative_position_bias_table = nn.Parameter(table)
+        else:
+            self.rel_pos_h = nn.Parameter(torch.zeros(rows, dim // num_heads))
+            self.rel_pos_w = nn.Parameter(torch.zeros(columns, dim // num_heads))
 
     def forward(self, x: Tensor, positions: RelativePositions | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, K)
-        bias = None if positions is None else self.position_bias(positions).to(q.dtype)
+        bias = None if positions is None else self.position_bias(positions, q).to(q.dtype)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, N, K)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
-    def position_bias(self, positions: RelativePositions) -> Tensor:
-        """Bias added to the scaled scores: (H, N, N), or (B, H, N, N) for a per-image index."""
+    def position_bias(self, positions: RelativePositions, q: Tensor | None = None) -> Tensor:
+        """Bias added to the scaled scores; decomposed positions need the queries (B, H, N, K).
+
+        Returns:
+            (H, N, N), the same for all images; (B, H, N, N) for a per-image index or for decomposed
+            positions.
+        """
+        if self.rel_pos_h is not None:
+            assert self.rel_pos_w is not None and q is not None, "decomposed positions need queries"
+            bias = get_decomposed_rel_pos_bias(
+                q.flatten(0, 1), self.rel_pos_h, self.rel_pos_w, positions.grid, positions.grid
+            )
+            return bias.unflatten(0, q.shape[:2])
         table = self.relative_position_bias_table
         assert table is not None, "positions were passed to an attention without a bias table"
         h, w = positions.grid
         shape = ((2 * h - 1) * (2 * w - 1), self.num_heads)
         table = resize_rel_pos_bias_table_simple(table, (h, w), shape)
         return table[positions.pair_index].movedim(-1, -3)
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Build the bias table for another grid, interpolating the one there is, if any."""
+        if self.relative_position_bias_table is None:
+            return
+        old = self.relative_position_bias_table
+        shape = ((2 * grid[0] - 1) * (2 * grid[1] - 1), self.num_heads)
+        table = resize_rel_pos_bias_table_simple(old.detach().float(), grid, shape).to(old)
+        table = table.clone(memory_format=torch.contiguous_format)
+        self.relative_position_bias_table = nn.Parameter(table, old.requires_grad)
 
 
 class MlpBlock(nn.Module):
@@ -119,11 +159,12 @@ class Block(nn.Module):
         eps: float,
         drop_path: float = 0.0,
         rel_pos_grid: tuple[int, int] | None = None,
+        rel_pos: RelPos = "bias",
         init_values: float | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, num_heads, rel_pos_grid=rel_pos_grid)
+        self.attn = Attention(dim, num_heads, rel_pos_grid=rel_pos_grid, rel_pos=rel_pos)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.gamma_1 = layer_scale(dim, init_values)
@@ -141,16 +182,22 @@ class PatchEmbed(nn.Module):
 
     Visible tokens are picked *before* the projection, so hidden pixels are never touched. `proj` is
     the official strided convolution, computed as the matrix product it is.
+
+    Args:
+        patch_size: token side in pixels, a multiple of 4.
+        in_chans: image channels C.
+        dim: channels of a cell.
+        eps: epsilon of the LayerNorm; None for no norm (Fast-iTPN).
     """
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int, *, eps: float) -> None:
+    def __init__(self, patch_size: int, in_chans: int, dim: int, *, eps: float | None) -> None:
         super().__init__()
         if patch_size % CELLS:
             raise ValueError(f"patch_size={patch_size} must be a multiple of {CELLS}")
         self.patch_size = patch_size
         cell = patch_size // CELLS
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=cell, stride=cell)
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.norm = nn.Identity() if eps is None else nn.LayerNorm(dim, eps=eps)
 
     def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """images (B, C, H, W), ids (B, V) or None for all -> (B, V, 4, 4, dim)."""

@@ -1,7 +1,9 @@
 """Position tables: the 2-D sin-cos table and the two ways the official code resizes a table.
 
 The surprising fact: resizing "by scale factor" (at forward time) and "by size" (when loading a
-checkpoint) give different numbers for the same grid, so the caller must name the mode.
+checkpoint) give different numbers for the same grid, so the caller must name the mode. A graph that
+is exported for images of every size cannot branch on the size; there the same numbers come from
+matrix products.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ def resize_pos_embed(
     side = round(table.shape[1] ** 0.5)
     assert side * side == table.shape[1], f"position table of {table.shape[1]} tokens is not square"
     h, w = grid
+    if isinstance(h, torch.SymInt) or isinstance(w, torch.SymInt):
+        return resize_by_matrices(table, grid, mode, even_if_equal=even_if_equal)
     if (h, w) == (side, side) and not even_if_equal:
         return table
     image = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
@@ -65,6 +69,48 @@ def resize_pos_embed(
         image = F.interpolate(image, scale_factor=factor, mode="bicubic", align_corners=False)
     assert image.shape[-2:] == (h, w), f"resized table is {tuple(image.shape[-2:])}, not {(h, w)}"
     return image.permute(0, 2, 3, 1).reshape(1, h * w, -1)
+
+
+def resize_by_matrices(
+    table: Tensor, grid: tuple[int, int], mode: ResizeMode, *, even_if_equal: bool = False
+) -> Tensor:
+    """`resize_pos_embed` without a branch on the grid, for graphs of images of every size.
+
+    Differs from it by the rounding of float32, and not at all where the grid already fits: there
+    the matrices are identities.
+    """
+    side = round(table.shape[1] ** 0.5)
+    h, w = grid
+    rows, columns = (torch.scalar_tensor(n, dtype=torch.float32) for n in (h, w))
+    guard = torch.tensor(0.1 if mode == "scale_factor" else 0.0)
+    if not even_if_equal:
+        guard = torch.where((rows == side) & (columns == side), 0.0, guard)
+    image = table.reshape(side, side, -1)
+    image = torch.einsum("ha,abd->hbd", bicubic_matrix(h, side, side / (rows + guard)), image)
+    image = torch.einsum("wb,hbd->hwd", bicubic_matrix(w, side, side / (columns + guard)), image)
+    return image.reshape(1, h * w, -1)
+
+
+def bicubic_matrix(size: int, old_size: int, step: Tensor) -> Tensor:
+    """(size, old_size): the weights of `F.interpolate(mode="bicubic")` along one side.
+
+    Args:
+        size: samples to take.
+        old_size: samples there are.
+        step: distance of the new samples in old ones, a scalar.
+    """
+    a = -0.75  # torch's coefficient of the cubic convolution
+    at = (torch.arange(size) + 0.5) * step - 0.5
+    first = at.floor()
+    matrix = torch.zeros(())
+    for k in (-1, 0, 1, 2):
+        d = (at - first - k).abs()
+        inner = ((a + 2) * d - (a + 3)) * d * d + 1
+        outer = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        weight = inner if k in (0, 1) else outer  # |d| <= 1, or 1 <= |d| <= 2
+        column = (first.long() + k).clamp(0, old_size - 1)  # the edge repeats
+        matrix = matrix + weight[:, None] * (column[:, None] == torch.arange(old_size))
+    return matrix
 
 
 def relative_position_index(

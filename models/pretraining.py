@@ -8,7 +8,7 @@ function of image, mask and teacher features; the teacher itself lives outside (
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -109,6 +109,8 @@ def create_pretraining_model(
     norm_pix_loss: bool = True,
     mfm_weight: float = 0.3,
     mfm_loss: MFMLoss = "mse",
+    target_dims: dict[int, int] | None = None,
+    **encoder_kwargs: Any,
 ) -> PretrainingModel:
     """Build a named model for pre-training, with the decoder of its variant.
 
@@ -118,6 +120,8 @@ def create_pretraining_model(
         norm_pix_loss: per-patch-normalised pixel targets.
         mfm_weight: weight of the feature losses; 0 builds no MFM part at all.
         mfm_loss: regression loss of MFM.
+        target_dims: channels of the teacher's features by stride; None for the backbone's own.
+        **encoder_kwargs: passed to `create_itpn`, such as drop_path_rate and fpn_dim.
 
     Raises:
         ValueError: unknown name or an image size that is not a multiple of 16.
@@ -125,9 +129,9 @@ def create_pretraining_model(
     if mfm_weight < 0:
         raise ValueError(f"mfm_weight={mfm_weight} must be >= 0; 0 builds no MFM part")
     variant = get_variant(name)
-    encoder = create_itpn(name, img_size=img_size or variant.img_size)
+    encoder = create_itpn(name, img_size=img_size or variant.img_size, **encoder_kwargs)
     decoder = Decoder(
-        variant.fpn_dim,
+        encoder.pyramid.fpn_dim,
         grid=encoder.backbone.grid,
         dim=variant.decoder_dim,
         depth=variant.decoder_depth,
@@ -141,6 +145,6 @@ def create_pretraining_model(
     mfm = None
     if mfm_weight > 0:
         mfm = MaskedFeatureModeling(
-            variant.decoder_dim, encoder.backbone.stage_dims, loss_type=mfm_loss
+            variant.decoder_dim, target_dims or encoder.backbone.stage_dims, loss_type=mfm_loss
         )
     return PretrainingModel(encoder, decoder, mim, mfm, mfm_weight)

@@ -293,7 +293,7 @@ def create_segmenter(
     channels: int = 768,
     rel_pos_bias: bool = True,
     drop_path_rate: float = 0.0,
-    init_values: float | None = None,
+    **encoder_kwargs: Any,
 ) -> ITPNSegmenter:
     """Build a named segmenter with fresh weights.
 
@@ -306,7 +306,7 @@ def create_segmenter(
         channels: width of the UPerHead.
         rel_pos_bias: relative position bias (zero at first).
         drop_path_rate: stochastic depth of the last block (official: 0.1 pixel base, 0.2 others).
-        init_values: initial layer scale, None for none.
+        **encoder_kwargs: passed to `create_itpn`, such as fpn_depth or init_values.
 
     Raises:
         ValueError: unknown name, or an image size that is not a multiple of the patch size.
@@ -317,6 +317,6 @@ def create_segmenter(
         pos_embed_size=pos_embed_size or get_variant(name).img_size,
         rel_pos_bias=rel_pos_bias,
         drop_path_rate=drop_path_rate,
-        init_values=init_values,
+        **encoder_kwargs,
     )
     return ITPNSegmenter(encoder, num_classes, channels=channels)

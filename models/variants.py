@@ -28,13 +28,62 @@ class ITPNVariant:
     """Attention heads of the pre-training decoder."""
     img_size: int = 224
     """Side in pixels the position tables are built for by default."""
+    mlp_ratio: float = 4.0
+    """MLP ratio of stage 3."""
+    init_values: float | None = None
+    """Initial layer scale; None for none."""
+    rel_pos_bias: bool = False
+    """Relative position bias already in pre-training."""
+    fast: bool = False
+    """The trunk of Fast-iTPN."""
 
 
-# base and large are the official pixel models (itpn_pixel/models/models_itpn_mim.py:248,256);
-# the others are ours: tiny and nano for laptops, debug for tests.
+def _clip(
+    embed_dim: int, depths: tuple[int, int, int], num_heads: int, img_size: int
+) -> ITPNVariant:
+    return ITPNVariant(
+        embed_dim=embed_dim,
+        depths=depths,
+        num_heads=num_heads,
+        fpn_depth=1,
+        img_size=img_size,
+        init_values=0.1,
+        rel_pos_bias=True,
+    )
+
+
+def _fast(
+    embed_dim: int, depths: tuple[int, int, int], num_heads: int, img_size: int
+) -> ITPNVariant:
+    return ITPNVariant(
+        embed_dim=embed_dim,
+        depths=depths,
+        num_heads=num_heads,
+        fpn_depth=1,
+        img_size=img_size,
+        mlp_ratio=3.0,
+        init_values=0.1,
+        fast=True,
+    )
+
+
+# Official: base and large (itpn_pixel/models/models_itpn_mim.py:248,256), the clip ones
+# (itpn_clip/modeling_pretrain.py:308-338; what the README calls L/14 is patch 16 at 256 pixels),
+# the fast ones (fast_itpn/modeling_finetune.py:967-1021) and HiViT's (their neck is ours).
+# The others are ours: tiny and nano for laptops, debug for tests.
 VARIANTS: dict[str, ITPNVariant] = {
     "itpn_base_patch16_224": ITPNVariant(embed_dim=512, depths=(3, 3, 24), num_heads=8),
     "itpn_large_patch16_224": ITPNVariant(embed_dim=768, depths=(2, 2, 40), num_heads=12),
+    "itpn_base_clip_patch16_224": _clip(512, (3, 3, 24), 8, 224),
+    "itpn_large_clip_patch16_224": _clip(768, (2, 2, 40), 12, 224),
+    "itpn_large_clip_patch16_256": _clip(768, (2, 2, 40), 12, 256),
+    "fast_itpn_tiny_patch16_224": _fast(384, (1, 1, 12), 6, 224),
+    "fast_itpn_small_patch16_224": _fast(384, (2, 2, 20), 6, 224),
+    "fast_itpn_base_patch16_224": _fast(512, (3, 3, 24), 8, 224),
+    "fast_itpn_large_patch16_256": _fast(768, (2, 2, 40), 12, 256),
+    "hivit_tiny_patch16_224": ITPNVariant(embed_dim=384, depths=(2, 2, 10), num_heads=6),
+    "hivit_small_patch16_224": ITPNVariant(embed_dim=384, depths=(4, 4, 20), num_heads=6),
+    "hivit_base_patch16_224": ITPNVariant(embed_dim=512, depths=(4, 4, 20), num_heads=8),
     "itpn_tiny_patch16_224": ITPNVariant(
         embed_dim=192,
         depths=(1, 1, 6),
@@ -65,6 +114,20 @@ VARIANTS: dict[str, ITPNVariant] = {
         decoder_depth=1,
         decoder_num_heads=2,
         img_size=64,
+    ),
+    "fast_itpn_debug": ITPNVariant(
+        embed_dim=32,
+        depths=(1, 1, 1),
+        num_heads=2,
+        fpn_dim=16,
+        fpn_depth=1,
+        decoder_dim=32,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        img_size=64,
+        mlp_ratio=3.0,
+        init_values=0.1,
+        fast=True,
     ),
 }
 

@@ -1,13 +1,9 @@
-"""Reading weights: official iTPN pixel and CLIP checkpoints and our own, into any of our models.
+"""Reading weights: official iTPN, HiViT and Fast-iTPN files and our own, into any of our models.
 
 Every load returns a `LoadReport` and fails loudly: a key that should have gone somewhere and did
 not is an error, never a warning. Surprising: nothing is unpickled. `.pth` files go through torch's
 `weights_only` reader with `argparse.Namespace` (which official files carry) as the one extra type.
-
-All layouts meet in one *canonical* key space, that of `PretrainingModel`:
-`encoder.backbone.*`, `encoder.pyramid.*`, `decoder.*`, `mim.*`, `mfm.*`, plus the heads of the
-downstream models: `fc_norm.*`, `head.*`; `rpn.*`, `roi_heads.*`; `decode_head.*`,
-`auxiliary_head.*`. `clip.*` holds what only the official CLIP pre-training has.
+Names are translated in `key_layouts.py`.
 """
 
 from __future__ import annotations
@@ -24,49 +20,27 @@ from torch import Tensor, nn
 
 from models.classifier import ITPNClassifier
 from models.detector import ITPNDetector, PyramidBackbone
+from models.feature_distillation import FeatureDistillationModel
 from models.hivit import HiViT
 from models.itpn import ITPN
+from models.key_layouts import (
+    BACKBONE,
+    DETECTOR_ENCODER,
+    PYRAMID,
+    RECOMPUTED,
+    Layout,
+    official_key,
+    part_of,
+    to_canonical,
+)
 from models.pos_embed import relative_position_index, resize_pos_embed
 from models.pretraining import PretrainingModel
 from models.segmenter import ITPNSegmenter
 
-# official prefix -> canonical prefix; the first match wins
-OFFICIAL_PREFIXES: tuple[tuple[str, str], ...] = (
-    ("absolute_pos_embed", "encoder.backbone.pos_embed"),
-    ("patch_embed.", "encoder.backbone.patch_embed."),
-    ("blocks.", "encoder.backbone.blocks."),
-    *(
-        (name, f"encoder.pyramid.{name}")
-        for name in (
-            "align_dim_16tofpn.",
-            "align_dim_16to8.",
-            "align_dim_8to4.",
-            "split_16to8.",
-            "split_8to4.",
-            "block_16to8.",
-            "block_8to4.",
-            "fpn_modules.",
-        )
-    ),
-    ("mask_token", "decoder.mask_token"),
-    ("decoder_pos_embed", "decoder.pos_embed"),
-    ("decoder_embed.", "decoder.embed."),
-    ("decoder_blocks.", "decoder.blocks."),
-    ("decoder_norm.", "decoder.norm."),
-    ("decoder_pred.", "mim.pred."),
-    ("fc_norm.", "fc_norm."),
-    ("head.", "head."),
-    *(
-        (name, f"clip.{name}")
-        for name in ("cls_pt_layers.", "lm_head.", "lm_cls_head.", "norm.", "norm_cls.")
-    ),
-)
-BACKBONE = "encoder.backbone."
-HEADS = ("fc_norm.", "head.", "rpn.", "roi_heads.", "decode_head.", "auxiliary_head.")
-PARTS = (BACKBONE, "encoder.pyramid.", "decoder.", "mim.", "mfm.", "clip.", *HEADS)
-RECOMPUTED = "relative_position_index"  # an official buffer we derive from the grid instead
-DETECTOR_ENCODER = "backbone.encoder."  # where torchvision's detectors keep it
 BIAS_TABLE = "relative_position_bias_table"
+RELATIVE_TABLES = (BIAS_TABLE, "rel_pos_h", "rel_pos_w")
+"""Tables that may be in the file or in the model alone: at first they are zero."""
+_WRAPPERS = ("model", "state_dict", "module")
 
 
 @dataclass
@@ -119,10 +93,10 @@ def load_weights(
     """
     state = read_state_dict(source) if isinstance(source, (str, Path)) else dict(source)
     canonical, unknown = to_canonical(state)
-    target = {_canonical_name(model, name): (name, t) for name, t in model.state_dict().items()}
-    file_parts = {_part(key) for key in canonical}
-    target_parts = {_part(key) for key in target}
-    exempt = (*allow, "clip.")
+    target = {canonical_name(model, name): (name, t) for name, t in model.state_dict().items()}
+    file_parts = {part_of(key) for key in canonical}
+    target_parts = {part_of(key) for key in target}
+    exempt = (*allow, f"{BACKBONE}gathering_tokens")  # ours, an option: no released file has them
 
     report, loaded = LoadReport(), {}
     shapes: list[str] = []
@@ -139,13 +113,21 @@ def load_weights(
                 (report.matched if fitted is tensor else report.resized).append(name)
             continue
         report.dropped.append(key)
-        if _part(key) in target_parts and BIAS_TABLE not in key and not key.startswith(exempt):
+        if (
+            part_of(key) in target_parts
+            and not key.endswith(RELATIVE_TABLES)
+            and not key.startswith(exempt)
+        ):
             others.append(f"unexpected key {key}")
     for key, (name, _) in target.items():
         if key in canonical:
             continue
         report.new.append(name)
-        if _part(key) in file_parts and BIAS_TABLE not in key and not key.startswith(exempt):
+        if (
+            part_of(key) in file_parts
+            and not key.endswith(RELATIVE_TABLES)
+            and not key.startswith(exempt)
+        ):
             others.append(f"missing key {name}")
 
     if shapes or others:
@@ -165,19 +147,44 @@ def _misfit(
     target: Mapping[str, tuple[str, Tensor]],
     problems: list[str],
 ) -> str:
-    """The message for weights that do not fit: another variant is said to be one."""
+    """The message for weights that do not fit: what differs is named where it can be told."""
     rule = "build the model with the dimensions of the checkpoint"
-    key = f"{BACKBONE}pos_embed"
-    if key in canonical and key in target:
-        widths = canonical[key].shape[-1], target[key][1].shape[-1]
-        if widths[0] != widths[1]:
-            rule += f": it is of another variant (embed_dim {widths[0]}, not {widths[1]})"
+    theirs = _widths(canonical)
+    ours = _widths({key: tensor for key, (_, tensor) in target.items()})
+    if theirs.get("embed_dim", 0) != ours.get("embed_dim", 0):
+        pair = theirs.get("embed_dim"), ours.get("embed_dim")
+        rule += f": it is of another variant (embed_dim {pair[0]}, not {pair[1]})"
+    elif "fpn_dim" in theirs and "fpn_dim" in ours:
+        for name in ("fpn_dim", "fpn_depth"):
+            if theirs[name] != ours[name]:
+                option = f"--model.{name.replace('_', '-')} {theirs[name]}"
+                rule += f": its neck has {name} {theirs[name]}, not {ours[name]} ({option})"
+    elif any(key.startswith(PYRAMID) for key in canonical) and "fpn_dim" in ours:
+        rule += ": its neck is not whole; leave it out (--no-init.neck)"
     shown = "\n  ".join(problems[:10]) + ("\n  ..." if len(problems) > 10 else "")
     return f"{len(problems)} keys do not fit {type(model).__name__}; {rule}:\n  {shown}"
 
 
+def _widths(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Widths of trunk and neck, as far as there are tensors that show them."""
+    found = {}
+    if (table := tensors.get(f"{BACKBONE}pos_embed")) is not None:
+        found["embed_dim"] = table.shape[-1]
+    align = tensors.get(f"{PYRAMID}align_dim_8to4.weight")
+    if align is not None and f"{PYRAMID}split_8to4.reduction.weight" in tensors:
+        blocks = {key.split(".")[3] for key in tensors if key.startswith(f"{PYRAMID}block_8to4.")}
+        found |= {"fpn_dim": align.shape[0], "fpn_depth": len(blocks)}
+    return found
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read tensors from a file without unpickling code; unwraps an official {"model": ...}."""
+    """Read tensors from a file without unpickling code; unwraps {"model": ...} of the official
+    files and {"state_dict": ...} of mmdetection's.
+
+    Raises:
+        ValueError: it holds no state dict.
+        FileNotFoundError: no such file.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -187,52 +194,31 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
-    state = content.get("model", content)
+    state = next((content[key] for key in _WRAPPERS if key in content), content)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__} as 'model', not a state dict")
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
-
-
-def to_canonical(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename to canonical keys; returns them and the keys no layout knows."""
-    canonical: dict[str, Tensor] = {}
-    unexpected: list[str] = []
-    own_prefixes = ("encoder.", "decoder.", "mim.", "mfm.", "backbone.", "pyramid.")
-    is_ours = any(key.startswith((*own_prefixes, *HEADS[2:])) for key in state)
-    for key, tensor in state.items():
-        if key == RECOMPUTED:
-            continue
-        if is_ours:
-            name = key.removeprefix("backbone.") if key.startswith(DETECTOR_ENCODER) else key
-            if name.startswith(("backbone.", "pyramid.")):  # a bare encoder, or a classifier
-                name = f"encoder.{name}"
-            known = name.startswith(PARTS)
-        else:
-            prefix = next((p for p in OFFICIAL_PREFIXES if key.startswith(p[0])), None)
-            known = prefix is not None
-            name = prefix[1] + key.removeprefix(prefix[0]) if prefix else key
-        if known:
-            canonical[name] = tensor
-        else:
-            unexpected.append(key)
-    return canonical, unexpected
 
 
 def to_official(model: nn.Module) -> dict[str, Tensor]:
     """State dict in the official key layout, the inverse of loading; MFM heads have no place."""
+    layout: Layout = "clip" if isinstance(model, FeatureDistillationModel) else "pixel"
+    backbone = next(module for module in model.modules() if isinstance(module, HiViT))
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        key = _canonical_name(model, name)
-        for official, canonical in OFFICIAL_PREFIXES:
-            if key.startswith(canonical):
-                state[official + key.removeprefix(canonical)] = tensor
-    for module in model.modules():
-        if isinstance(module, HiViT) and module.rel_pos_bias:
-            state[RECOMPUTED] = relative_position_index(module.grid)
+        key = official_key(canonical_name(model, name), layout, is_fast=backbone.is_fast)
+        if key is not None:
+            state[key] = tensor
+    if backbone.rel_pos_bias or backbone.decomposed_rel_pos:
+        state[RECOMPUTED] = relative_position_index(backbone.grid)
     return state
 
 
-def _canonical_name(model: nn.Module, name: str) -> str:
+def canonical_name(model: nn.Module, name: str) -> str:
     """Canonical key of a parameter of one of our models."""
-    if isinstance(model, (PretrainingModel, ITPNSegmenter, PyramidBackbone)):
+    if isinstance(
+        model, (PretrainingModel, FeatureDistillationModel, ITPNSegmenter, PyramidBackbone)
+    ):
         return name
     if isinstance(model, ITPNDetector):
         is_encoder = name.startswith(DETECTOR_ENCODER)
@@ -242,13 +228,10 @@ def _canonical_name(model: nn.Module, name: str) -> str:
     if isinstance(model, (ITPN, ITPNClassifier)):
         return f"encoder.{name}" if name.startswith(("backbone.", "pyramid.")) else name
     raise ValueError(
-        f"cannot load weights into {type(model).__name__}; use a PretrainingModel, ITPN, HiViT, "
-        "ITPNClassifier, ITPNDetector, PyramidBackbone or ITPNSegmenter"
+        f"cannot load weights into {type(model).__name__}; use a PretrainingModel, "
+        "FeatureDistillationModel, ITPN, HiViT, ITPNClassifier, ITPNDetector, PyramidBackbone or "
+        "ITPNSegmenter"
     )
-
-
-def _part(key: str) -> str:
-    return next(part for part in PARTS if key.startswith(part))
 
 
 def _fit(key: str, tensor: Tensor, current: Tensor) -> Tensor | None:

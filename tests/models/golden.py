@@ -18,15 +18,20 @@ from torch import Tensor, nn
 
 from models.classifier import ITPNClassifier
 from models.decoder import Decoder
-from models.hivit import HiViT
+from models.fast_itpn import FAST_LAYERS
+from models.feature_distillation import DistillationHeads, FeatureDistillationModel
+from models.hivit import HiViT, TrunkLayers
 from models.itpn import ITPN
+from models.key_layouts import Layout, official_key
 from models.mim import MaskedImageModeling
 from models.pretraining import PretrainingModel
 from models.pyramid import FeaturePyramid
+from models.weights import canonical_name
 
 GOLDEN_DIR = Path(os.environ.get("ITPN_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 MIM_CLASSES = ("iTPNMaskedAutoencoder",)
-CLASSIFIER_CLASSES = ("iTPN (itpn_pixel)", "iTPN (itpn_clip)")
+CLASSIFIER_CLASSES = ("iTPN (itpn_pixel)", "iTPN (itpn_clip)", "Fast_iTPN")
+DISTILLATION_CLASSES = ("iTPNClipDistill",)
 DETECTION_CLASSES = ("iTPN_pixel (det)", "iTPN_CLIP (det)")
 SEGMENTATION_CLASSES = ("iTPN (seg)",)
 
@@ -71,9 +76,15 @@ def norm_eps(config: dict[str, Any]) -> float:
 
 def build_backbone(case: GoldenCase) -> HiViT:
     config = case.config
-    mlp_depths = [config.get(f"mlp_depth{i}", config.get("mlp_depth")) for i in (1, 2)]
+    is_fast = config["cls"] == "Fast_iTPN"
+    mlp_depth = config.get("mlp_depth")
+    mlp_depths = [
+        config.get(f"mlp_depth{i}", config.get(f"depth_stage{i}", mlp_depth)) for i in (1, 2)
+    ]
     # Some official classes keep a table of 196 positions whatever the image size.
-    num_positions = case.tensors["w/absolute_pos_embed"].shape[1]
+    tables = [case.tensors.get(f"w/{key}") for key in ("absolute_pos_embed", "pos_embed")]
+    num_positions = next(table.shape[1] for table in tables if table is not None)
+    is_decomposed = any(key.endswith("rel_pos_h") for key in case.tensors)
     return HiViT(
         config["embed_dim"],
         depths=(*mlp_depths, config["depth"]),
@@ -81,12 +92,14 @@ def build_backbone(case: GoldenCase) -> HiViT:
         img_size=config["img_size"],
         pos_embed_size=round(num_positions**0.5) * config["patch_size"],
         patch_size=config["patch_size"],
-        in_chans=config["in_chans"],
+        in_chans=config.get("in_chans", 3),
         bridge_mlp_ratio=config["bridge_mlp_ratio"],
         mlp_ratio=config["mlp_ratio"],
-        rel_pos_bias=config["rpe"],
-        init_values=config.get("init_values"),
+        rel_pos_bias=config.get("rpe", False) and not is_decomposed,
+        decomposed_rel_pos=is_decomposed,
+        init_values=config.get("init_values") or None,
         norm_eps=norm_eps(config),
+        layers=FAST_LAYERS if is_fast else TrunkLayers(),
     )
 
 
@@ -124,19 +137,41 @@ def build_mim(case: GoldenCase) -> PretrainingModel:
     return PretrainingModel(encoder, decoder, mim)
 
 
+def build_distillation(case: GoldenCase) -> FeatureDistillationModel:
+    config = case.config
+    assert config["num_outs"] == 3, "the distillation objective is defined on three pyramid levels"
+    encoder = build_encoder(case)
+    heads = DistillationHeads(
+        config["fpn_dim"],
+        dim=config["embed_dim"],
+        num_heads=config["num_heads"],
+        grid=encoder.backbone.grid,
+        teacher_dim=config["teacher_dim"],
+        init_values=config["init_values"],
+        mlp_ratio=config["mlp_ratio"],
+        norm_eps=norm_eps(config),
+    )
+    return FeatureDistillationModel(encoder, heads)
+
+
 def build_classifier(case: GoldenCase) -> ITPNClassifier:
     config = case.config
-    assert config["num_outs"] == 1, "classification golden files have one output"
-    return ITPNClassifier(build_backbone(case), config["num_classes"], norm_eps=norm_eps(config))
+    assert config.get("num_outs", 1) == 1, "classification golden files have one output"
+    return ITPNClassifier(
+        build_backbone(case),
+        config["num_classes"],
+        use_fc_norm=config.get("use_mean_pooling", True),
+        norm_eps=norm_eps(config),
+    )
 
 
 def official_grads(model: nn.Module) -> dict[str, Tensor | None]:
     """Gradients under the official parameter names (None where a parameter got none)."""
-    from models.weights import OFFICIAL_PREFIXES, _canonical_name
-
+    layout: Layout = "clip" if isinstance(model, FeatureDistillationModel) else "pixel"
+    is_fast = any(isinstance(module, HiViT) and module.is_fast for module in model.modules())
     grads: dict[str, Tensor | None] = {}
     for name, parameter in model.named_parameters():
-        key = _canonical_name(model, name)
-        official, canonical = next(p for p in OFFICIAL_PREFIXES if key.startswith(p[1]))
-        grads[official + key.removeprefix(canonical)] = parameter.grad
+        key = official_key(canonical_name(model, name), layout, is_fast=is_fast)
+        assert key is not None, f"{name} has no official name"
+        grads[key] = parameter.grad
     return grads

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.detector import PyramidBackbone
-from models.feature_maps import segmentation_levels
+from models.feature_maps import fold_cells, segmentation_levels
 from models.itpn import ITPN
 from models.pos_embed import resize_pos_embed
 from models.segmenter import ITPNSegmenter
@@ -53,6 +53,7 @@ def assert_gradients_match(case: golden.GoldenCase, model: torch.nn.Module) -> N
     "classes",
     [
         golden.MIM_CLASSES,
+        golden.DISTILLATION_CLASSES,
         golden.CLASSIFIER_CLASSES,
         golden.DETECTION_CLASSES,
         golden.SEGMENTATION_CLASSES,
@@ -113,6 +114,42 @@ def test_pixel_pretraining_matches_official_outputs_and_gradients(name: str):
     assert_gradients_match(case, model)
 
 
+@pytest.mark.parametrize("name", golden.case_names(golden.DISTILLATION_CLASSES))
+def test_feature_distillation_matches_official_outputs_and_gradients(name: str):
+    case = golden.load_case(name)
+    inputs, expected = case.group("in/"), case.group("out/")
+    model = golden.build_distillation(case).eval()
+    report = load_weights(model, case.group("w/"))
+    assert not (report.new or report.dropped or report.resized)
+
+    seen: dict[str, Tensor] = {}
+    encoder, clip = model.encoder, model.clip
+    encoder.pyramid.register_forward_hook(
+        lambda _, args, out: seen.update(
+            {f"stage{s}": f for s, f in args[0].items()} | {f"fpn{s}": f for s, f in out.items()}
+        )
+    )
+    clip.cls_pt_layers[-1].register_forward_hook(
+        lambda _, args, out: seen.update({"aux_features": out})
+    )
+    masked = inputs["bool_masked_pos"]
+    losses = model(inputs["image"], masked, inputs["labels"])
+    main, auxiliary = model.predict(inputs["image"], masked)
+    outputs = {
+        **seen,
+        "pred_main": main,
+        "pred_aux": auxiliary,
+        "loss": losses.total,
+        "loss_main": losses.main,
+        "loss_aux": losses.auxiliary,
+    }
+    assert set(expected) <= set(outputs), "every stored output is compared"
+    for key, value in expected.items():
+        assert_matches(key, outputs[key], value)
+    losses.total.backward()
+    assert_gradients_match(case, model)
+
+
 @pytest.mark.parametrize("name", golden.case_names(golden.CLASSIFIER_CLASSES))
 def test_classifier_matches_official_outputs_and_gradients(name: str):
     case = golden.load_case(name)
@@ -131,7 +168,11 @@ def test_classifier_matches_official_outputs_and_gradients(name: str):
         outputs[f"pos_embed{suffix}"] = resize_pos_embed(
             model.backbone.pos_embed, grid, "scale_factor"
         )
-        outputs |= {f"stage{s}{suffix}": f for s, f in model.backbone(image).items()}
+        stages = model.backbone(image)
+        if case.config["cls"] == "Fast_iTPN":  # stored as images
+            stages |= {s: fold_cells(stages[s], grid) for s in (4, 8)}
+            outputs[f"pooled{suffix}"] = model.forward_head(model.forward_features(image), True)
+        outputs |= {f"stage{s}{suffix}": f for s, f in stages.items()}
     if "label" in inputs:
         outputs["ce_loss"] = F.cross_entropy(outputs["logits"], inputs["label"])
     assert set(expected) <= set(outputs), "every stored output is compared"
@@ -170,8 +211,6 @@ def load_encoder(case: golden.GoldenCase) -> ITPN:
 @pytest.mark.parametrize("name", golden.case_names(golden.DETECTION_CLASSES))
 def test_detection_levels_match_official_outputs(name: str):
     case = golden.load_case(name)
-    if any(key.endswith("rel_pos_h") for key in case.tensors):
-        pytest.skip("decomposed relative positions (official CLIP-L detector) are not built")
     encoder = load_encoder(case)
 
     def levels_of(image: Tensor, num_levels: int) -> list[Tensor]:

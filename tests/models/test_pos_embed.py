@@ -12,6 +12,7 @@ from models.layers import Attention, RelativePositions
 from models.pos_embed import (
     ResizeMode,
     relative_position_index,
+    resize_by_matrices,
     resize_pos_embed,
     sincos_pos_embed_2d,
 )
@@ -49,6 +50,21 @@ def test_sincos_first_half_depends_on_the_column_only_and_second_on_the_row():
 def test_sincos_refuses_a_width_that_is_not_a_multiple_of_four():
     with pytest.raises(ValueError, match="embed_dim=30 must be divisible by 4"):
         sincos_pos_embed_2d(30, (2, 2))
+
+
+@pytest.mark.parametrize("even_if_equal", [False, True])
+@pytest.mark.parametrize("mode", ["size", "scale_factor"])
+@pytest.mark.parametrize("grid", [(4, 4), (4, 7), (9, 4), (5, 5), (1, 2), (31, 3)])
+def test_matrices_resize_as_the_branches_do(
+    mode: ResizeMode, grid: tuple[int, int], even_if_equal: bool
+):
+    table = torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(0))
+    expected = resize_pos_embed(table, grid, mode, even_if_equal=even_if_equal)
+    found = resize_by_matrices(table, grid, mode, even_if_equal=even_if_equal)
+    # Sums of 16 products in another order, of values up to 3.
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    if grid == (4, 4) and not even_if_equal:
+        assert torch.equal(found, table)
 
 
 @pytest.mark.parametrize("side", [3, 6, 8])

@@ -304,13 +304,48 @@ def test_a_model_of_other_dimensions_is_refused_with_the_way_out(official: dict[
         load_weights(model, official)
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model_ema"])
+@pytest.mark.parametrize("wrapper", ["optimizer", "model_ema"])
 def test_a_file_in_which_no_weight_is_found_is_refused(
     official: dict[str, Tensor], tmp_path: Path, wrapper: str
 ):
     torch.save({wrapper: official, "epoch": 3}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"ITPN|x\.pth"):
         load_weights(fresh_encoder(), tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "module"])
+def test_weights_are_found_in_the_usual_wrappers(
+    official: dict[str, Tensor], tmp_path: Path, wrapper: str
+):
+    torch.save({wrapper: official, "epoch": 3}, tmp_path / "x.pth")
+    model = fresh_encoder()
+    load_weights(model, tmp_path / "x.pth")
+    assert_same(to_official(model), part_of(official, *DECODER_PREFIXES))
+
+
+def test_a_model_that_is_no_state_dict_is_refused(tmp_path: Path):
+    torch.save({"model": 5}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth holds a int as 'model', not a state dict"):
+        load_weights(fresh_encoder(), tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"fpn_dim": 24}, r"its neck has fpn_dim 24, not 16 \(--model\.fpn-dim 24\)"),
+        ({"fpn_depth": 2}, r"its neck has fpn_depth 2, not 1 \(--model\.fpn-depth 2\)"),
+    ],
+)
+def test_a_neck_of_other_dimensions_is_refused_with_the_setting(changes: dict[str, int], hint: str):
+    with pytest.raises(ValueError, match=hint):
+        load_weights(fresh_encoder(), fresh_encoder(**changes).state_dict())
+
+
+def test_half_a_neck_is_refused_with_the_way_out(official: dict[str, Tensor]):
+    """Published Fast-iTPN files have some layers of one."""
+    half = {k: t for k, t in official.items() if not k.startswith(("split_", "block_"))}
+    with pytest.raises(ValueError, match=r"its neck is not whole; leave it out \(--no-init\.neck"):
+        load_weights(fresh_encoder(), half)
 
 
 def test_a_model_of_another_kind_is_refused(official: dict[str, Tensor]):
