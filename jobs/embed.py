@@ -1,11 +1,13 @@
-"""Embed images with a pre-trained encoder: Parquet of feature vectors of every stage and level.
+"""Embed images with a pre-trained encoder: Parquet of feature vectors of every stage and level, and
+two pictures of what the encoder tells apart (_pca.png) and finds alike (_neighbours.png).
 
     python -m jobs.embed runs/demo --images DIR --out embeddings
+    python -m jobs.embed runs/demo --images DIR --out out --num-neighbours 3 --retrieve-by pyramid4
     python -m jobs.embed encoder.safetensors --model-name itpn_base_patch16_224 --images ...
     ray job submit --working-dir . -- python jobs/embed.py /shared/runs/demo --images ...
 
-Expected at the end: how many images were embedded, how many are bad, and where the files are. The
-columns are in docs/predict.md. Speed: not yet measured.
+Expected at the end: how many images were embedded, how many are bad, and where the files and
+pictures are. The columns are in docs/predict.md. Speed: not yet measured.
 """
 
 from __future__ import annotations

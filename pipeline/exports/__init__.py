@@ -1,0 +1,1 @@
+"""The forms a trained model is exported in."""
