@@ -131,7 +131,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
             config,
             create_task(config, classes, pretrain_size=weights.image_size),
             weights,
-            num_samples=train.num_samples,
+            num_samples=config.num_used(train.num_samples),
             batches_from=lambda step: batches_from(config, train, step),
             validation=Repeatable(lambda: made_ahead(validation, shares)),
             checkpointer=checkpointer,
@@ -149,7 +149,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 def batches_from(config: FinetuneConfig, index: Index, first: int) -> Iterator[Batch]:
     """Micro-batches from a step on."""
     maker, stream = TRAINING(config, index), sample_stream(config, index)
-    for step in range(first, config.num_steps(index.num_samples)):
+    for step in range(first, config.num_steps(config.num_used(index.num_samples))):
         for draws in micro_batches(stream, config, step):
             yield maker.batch(draws)
 

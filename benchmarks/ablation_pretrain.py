@@ -27,20 +27,15 @@ import torch
 
 from pipeline.between_steps import Hooks
 from pipeline.checkpoint import Checkpointer
-from pipeline.config import (
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PretrainConfig,
-    RunConfig,
-    ScalingConfig,
-)
+from pipeline.config import OptimConfig, RunConfig, ScalingConfig
 from pipeline.config_values import apply_overrides, config_hash
 from pipeline.data import Batch, SampleFactory, micro_batches, sample_stream
 from pipeline.decoding import decode_image
 from pipeline.metrics_file import MetricsFile
+from pipeline.objectives import objective_of
 from pipeline.pretrain import pretrain
+from pipeline.pretrain_config import DataConfig, ModelConfig, ObjectiveConfig, PretrainConfig
+from pipeline.pretrain_weights import read_pretrain_weights
 from pipeline.reading import Sample, SampleReader
 from pipeline.run_folder import RunFolder
 from pipeline.sources import Index, build_index
@@ -168,6 +163,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         num_samples=index.num_samples,
         batches_from=lambda step: batches_from(factory, step),
         evaluation_batch=held_out,
+        weights=read_pretrain_weights(config),
         checkpointer=checkpointer,
         hooks=Hooks(
             on_start=reporter.on_start,
@@ -185,8 +181,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         "steps": outcome["steps"],
         "wall_s": round(time.perf_counter() - started, 1),
         "threads": torch.get_num_threads(),
-        "mim_loss_over_baseline": metrics["val/mim_loss_over_baseline"],
-        "mfm_loss_over_baseline": metrics.get("val/mfm_loss_over_baseline"),
+        **objective_of(config).headline(metrics),
         "metrics": metrics,
     }
     folder.finish(summary, newest)

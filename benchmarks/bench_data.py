@@ -38,12 +38,12 @@ from PIL import Image
 from ray._private.internal_api import node_stats
 
 from pipeline.cluster import cluster
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.data import TrainingBatches
 from pipeline.demo_data import write_demo_photos
 from pipeline.prepare.job import prepare
 from pipeline.prepare.settings import PrepareConfig
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import demo
 from pipeline.reproducibility import sample_generator
 from pipeline.sources import build_index

@@ -23,11 +23,11 @@ import torch
 
 import pipeline.data
 from pipeline.cluster import cluster
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.data import SyntheticBatches, TrainingBatches
 from pipeline.demo_data import write_demo_photos
 from pipeline.pretrain import TrainState, forward_backward, to_device
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import demo
 from pipeline.sources import build_index
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +62,15 @@ class Inferred:
     num_pictures: int
     bad: list[BadSample]
     wall_s: float
+    summaries: tuple[str, ...] = ()
+    """Files that show all of it at a glance."""
 
     def report(self) -> str:
         """Lines for the user."""
         lines = [f"{self.num_rows} {self.kind} in {self.out}, in {self.wall_s:.0f} s"]
         if self.num_pictures:
             lines.append(f"{self.num_pictures} pictures in {self.out}/{PICTURES_FOLDER}")
+        lines += [f"at a glance: {self.out}/{name}" for name in self.summaries]
         if self.bad:
             listed = f"{self.out}/{BAD_SAMPLES_FILE}"
             lines.append(f"bad images, left out and listed in {listed}: {len(self.bad)}")
@@ -103,6 +106,7 @@ def run_inference(
     kind: str,
     facts: dict[str, Any],
     with_ray: bool = True,
+    summarise: Callable[[InferenceOutput, list[BadSample]], None] | None = None,
 ) -> Inferred:
     """Infer all images and write the output folder.
 
@@ -113,6 +117,7 @@ def run_inference(
         kind: what the shards are called.
         facts: what `_finished.json` says beside counts and settings.
         with_ray: False infers here, one task after another, which is faster for a few images.
+        summarise: called here when all rows are written, before the folder counts as finished.
 
     Raises:
         ValueError: the output folder is taken; the cluster is too small.
@@ -127,6 +132,9 @@ def run_inference(
     infer = _through_ray if with_ray else _here
     with contextlib.closing(infer(config, inference, index)) as tables:
         bad = _write(config, index, tables, output, schema.names)
+    output.flush()
+    if summarise is not None:
+        summarise(output, bad)
     output.finish({"num_bad": len(bad), **facts, "settings": settings}, schema)
     return Inferred(
         out=output.out,
@@ -135,6 +143,7 @@ def run_inference(
         num_pictures=output.num_pictures,
         bad=bad,
         wall_s=time.monotonic() - started,
+        summaries=tuple(output.summaries),
     )
 
 

@@ -82,6 +82,11 @@ class BetweenSteps:
         self.latest: dict[str, float] = {}
         """The newest value of every metric."""
 
+    def is_at_pause(self, state: TrainState) -> bool:
+        """Whether the run is to leave where it is, short of its end."""
+        is_short = state.step < self.config.num_steps(self.num_samples)
+        return is_short and 0 < self.config.run.pause_at_step <= state.step
+
     def after(self, state: TrainState, step: Step) -> bool:
         """Do what is due after a step; whether the run is to stop. All workers must call it.
 
@@ -91,9 +96,11 @@ class BetweenSteps:
         run, hooks, is_rank_zero = self.config.run, self.hooks, self.worker.is_rank_zero
         self.meter.step_done()
         is_final = state.step == self.config.num_steps(self.num_samples)
-        is_logging = is_final or step.is_skipped or state.step % run.log_every_steps == 0
-        is_evaluating = is_final or state.step % run.evaluate_every_steps == 0
-        is_saving = is_final or state.step % run.checkpoint_every_steps == 0
+        is_pausing = self.is_at_pause(state)
+        is_ending = is_final or is_pausing
+        is_logging = is_ending or step.is_skipped or state.step % run.log_every_steps == 0
+        is_evaluating = is_ending or state.step % run.evaluate_every_steps == 0
+        is_saving = is_ending or state.step % run.checkpoint_every_steps == 0
         is_stopping = False
         # Whenever a record may end the run, or a checkpoint is due.
         if is_logging or is_evaluating or is_saving:
@@ -122,7 +129,7 @@ class BetweenSteps:
                     hooks.on_picture(state.step, kind, png)
             if is_saving:
                 self._save(state)
-        return is_stopping
+        return is_stopping or is_pausing
 
     def _record(self, state: TrainState, step: Step) -> dict[str, float]:
         batch = self.config.data.global_batch_size

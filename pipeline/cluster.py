@@ -126,11 +126,11 @@ def _check_resources(config: TrainingConfig) -> None:
             f"{workers} x scaling.cpus_per_worker={scaling.cpus_per_worker:g} + "
             f"{decoding:g} for decoding (data.num_cpus, 0 or one a worker); lower one of them"
         )
-    if scaling.use_gpu and workers > total.get("GPU", 0):
+    if scaling.use_gpu and workers * scaling.gpus_per_worker > total.get("GPU", 0):
         raise ValueError(
             f"the cluster has {total.get('GPU', 0):g} GPUs but scaling.num_workers="
-            f"{workers} with scaling.use_gpu needs one each; lower the workers or pass "
-            "--scaling.no-use-gpu"
+            f"{workers} with scaling.use_gpu needs {scaling.gpus_per_worker:g} each; lower the "
+            "workers or pass --scaling.no-use-gpu"
         )
 
 

@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from models.variants import get_variant
-
 PATCH_SIZE = 16
+SCRATCH = "scratch"
+"""What `--init` says for random weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +48,9 @@ class RunConfig:
     """Steps between evaluations on held-out crops; the last step always evaluates."""
     picture_every_steps: int = 1000
     """Steps between reconstruction pictures; the last step always draws one."""
+    pause_at_step: int = 0
+    """Save and leave after this step, as after Ctrl-C; the same command with a later one, or with
+    0, which is never, goes on."""
     max_failures: int = 3
     """Restarts in a row after worker failures that reach no new checkpoint; one more ends the run.
     Preempted nodes and a change of the number of workers do not count."""
@@ -66,7 +69,12 @@ class RunConfig:
         for key in ("log", "checkpoint", "evaluate", "picture"):
             require_positive(f"run.{key}_every_steps", getattr(self, f"{key}_every_steps"))
         require_positive("run.keep_checkpoints", self.keep_checkpoints)
-        for key in ("checkpoint_every_minutes", "keep_every_steps", "max_failures"):
+        for key in (
+            "checkpoint_every_minutes",
+            "keep_every_steps",
+            "max_failures",
+            "pause_at_step",
+        ):
             require_not_negative(f"run.{key}", getattr(self, key))
         require_choice("run.on_checkpoint_error", self.on_checkpoint_error, ("continue", "stop"))
         path = self.checkpoint_path
@@ -140,77 +148,6 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig(SampleConfig):
-    """Images and how a sample of pre-training is made of them."""
-
-    image_column: str = "image"
-    """Column of Parquet files without a manifest that holds the encoded bytes, plain or in a
-    Hugging Face {bytes, path} struct."""
-    num_eval_crops: int = 1024
-    """Held-out crops an evaluation looks at."""
-    num_knn_images: int = 1000
-    """Images of each of path and val_path, at most, for the accuracy of nearest neighbours at every
-    evaluation; only where both are prepared with labels. 0: none."""
-    synthetic: bool = False
-    """Feed the same random pixels again and again: how fast training is when data cost nothing."""
-
-    def __post_init__(self) -> None:
-        if not self.path and not self.synthetic:
-            raise ValueError(
-                "data.path is empty; give a folder of images or Parquet: --data.path DIR"
-            )
-        SampleConfig.__post_init__(self)  # not super(): slots make a new class of this one
-        require_positive("data.num_eval_crops", self.num_eval_crops)
-        require_not_negative("data.num_knn_images", self.num_knn_images)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The network."""
-
-    name: str = "itpn_base_patch16_224"
-    """A variant of models/variants.py."""
-
-    def __post_init__(self) -> None:
-        get_variant(self.name)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ObjectiveConfig:
-    """MIM and MFM."""
-
-    mask_ratio: float = 0.75
-    """Share of patches hidden from the student."""
-    mask_type: Literal["random", "block"] = "random"
-    """Patches hidden independently of each other (MAE), or in rectangles (BEiT)."""
-    norm_pix_loss: bool = True
-    """Predict pixels normalised per patch."""
-    mfm_weight: float = 0.3
-    """Weight of the summed feature losses; 0 is the public pixel objective."""
-    mfm_loss: Literal["mse", "smooth_l1"] = "mse"
-    """Regression loss of the features."""
-    teacher_input: Literal["hidden", "full"] = "hidden"
-    """What the teacher sees: the patches hidden from the student, or the whole image."""
-    teacher_momentum: float = 0.996
-    """Momentum of the moving average at the first step, rising to 1 on a cosine."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"objective.mask_ratio={self.mask_ratio} must lie in (0, 1); use 0.75")
-        if self.mfm_weight < 0:
-            raise ValueError(
-                f"objective.mfm_weight={self.mfm_weight} must be >= 0; 0 turns MFM off"
-            )
-        require_choice("objective.mask_type", self.mask_type, ("random", "block"))
-        require_choice("objective.mfm_loss", self.mfm_loss, ("mse", "smooth_l1"))
-        require_choice("objective.teacher_input", self.teacher_input, ("hidden", "full"))
-        if not 0 <= self.teacher_momentum <= 1:
-            raise ValueError(
-                f"objective.teacher_momentum={self.teacher_momentum} must lie in [0, 1]; use 0.996"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """AdamW and its schedule."""
 
@@ -256,14 +193,17 @@ class ScalingConfig:
     """Training workers. Changes the speed of a run, not its batches."""
 
     num_workers: int | tuple[int, int] = 1
-    """Training workers (processes), one GPU each when use_gpu; two numbers: as many as the cluster
-    has room for, from the first to the second."""
+    """Training workers (processes), on GPUs when use_gpu; two numbers: as many as the cluster has
+    room for, from the first to the second."""
     resize_check_s: float = 60.0
     """Seconds between looks at whether the cluster has room for more workers."""
     use_gpu: bool = False
     """Train on GPUs, in bfloat16 autocast with float32 losses."""
     cpus_per_worker: float = 1.0
     """Logical CPUs a training worker reserves."""
+    gpus_per_worker: float = 1.0
+    """GPUs a training worker reserves when use_gpu; a share of one lets as many runs of one worker
+    use the same GPU, as trials of a sweep do."""
     worker_resource: str = ""
     """Custom Ray resource a training worker takes one of, to keep it to the nodes that offer it."""
     max_batch_size_per_worker: int = 64
@@ -285,6 +225,11 @@ class ScalingConfig:
             )
         require_positive("scaling.resize_check_s", self.resize_check_s)
         require_positive("scaling.cpus_per_worker", self.cpus_per_worker)
+        if self.gpus_per_worker != 1 and not (0 < self.gpus_per_worker < 1 and given == 1):
+            raise ValueError(
+                f"scaling.gpus_per_worker={self.gpus_per_worker} must be 1, or a share of one GPU "
+                "with scaling.num_workers=1: workers of one run cannot share a GPU"
+            )
         require_positive("scaling.max_batch_size_per_worker", self.max_batch_size_per_worker)
 
     @property
@@ -306,10 +251,66 @@ class TrackingConfig:
     """MLflow tracking URI; empty: SQLite under run.storage_path."""
     experiment: str = "itpn-pretrain"
     """MLflow experiment."""
+    parent_run_id: str = ""
+    """MLflow run this one is shown under; sweeps set it."""
+    varied: tuple[str, ...] = ()
+    """Settings in which the run differs from its siblings, logged once more as params `varied.KEY`;
+    sweeps set it."""
     checkpoint_artifact: bool = True
     """Copy the newest checkpoint to the run's artifacts when the run ends."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use of the host of worker 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderConfig:
+    """Trunk and neck: in what they differ from their variant."""
+
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last block."""
+    fpn_dim: int = 0
+    """Channels of the neck; 0: those of the weights a fine-tuning run starts from, or the
+    variant's."""
+    fpn_depth: int = 0
+    """Blocks per step of the neck; 0: likewise."""
+    migrate_after_block: int = -1
+    """Token migration, our reading of Fast-iTPN (docs/models.md): block of stage 3, counted from 0,
+    after which redundant tokens skip the rest of the trunk; -1: none do."""
+    migrate_keep_ratio: float = 0.5
+    """Share of the tokens that stay in the trunk."""
+    gather_window: int = 0
+    """Token gathering, likewise: side in tokens of the windows attention stays in; 0: none."""
+    gather_tokens: int = 4
+    """Learned tokens that see every window and are seen by it."""
+    gather_global_every: int = 4
+    """Every how many blocks attention is global all the same; 0: never."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"model.drop_path_rate={self.drop_path_rate} must lie in [0, 1)")
+        for key in ("fpn_dim", "fpn_depth", "gather_window", "gather_tokens"):
+            require_not_negative(f"model.{key}", getattr(self, key))
+        require_not_negative("model.gather_global_every", self.gather_global_every)
+        if not 0 < self.migrate_keep_ratio <= 1:
+            raise ValueError(
+                f"model.migrate_keep_ratio={self.migrate_keep_ratio} must lie in (0, 1]"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitConfig:
+    """Where the weights come from."""
+
+    path: Annotated[str, tyro.conf.arg(name="init", prefix_name=False)] = ""
+    """Folder of a pre-training run, one of its checkpoints, or a weights file (.safetensors, .pth),
+    local or a URI; 'scratch' for random weights."""
+    neck: bool = True
+    """Load the pre-trained neck too, not only the backbone."""
+
+    @property
+    def is_scratch(self) -> bool:
+        """Whether all weights are random."""
+        return self.path == SCRATCH
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -368,45 +369,16 @@ class TrainingConfig:
             return self.optim.lr
         return self.optim.base_lr * self.data.global_batch_size / 256
 
+    def num_used(self, num_samples: int) -> int:
+        """Training samples of a data set that the run uses."""
+        return num_samples
+
     def num_steps(self, num_samples: int) -> int:
         """Optimiser steps of the run for a data set of this size, at least 1."""
         if self.optim.num_steps is not None:
             return self.optim.num_steps
         assert self.optim.num_epochs is not None
         return max(1, math.floor(self.optim.num_epochs * num_samples / self.data.global_batch_size))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainConfig(TrainingConfig):
-    """A complete pre-training run."""
-
-    data: DataConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-
-    def __post_init__(self) -> None:
-        TrainingConfig.__post_init__(self)
-        workers = self.scaling.max_workers
-        if self.data.num_eval_crops < workers:
-            raise ValueError(
-                f"data.num_eval_crops={self.data.num_eval_crops} leaves some of "
-                f"scaling.num_workers={workers} without a crop; use at least {workers}"
-            )
-        if self.num_visible < 1:
-            raise ValueError(
-                f"objective.mask_ratio={self.objective.mask_ratio} leaves no visible patch of the "
-                f"{self.data.num_patches} of a {self.data.image_size}-pixel image; lower it"
-            )
-
-    @property
-    def model_name(self) -> str:
-        """The variant that is trained."""
-        return self.model.name
-
-    @property
-    def num_visible(self) -> int:
-        """Visible patches per image, rounded down as the official code does."""
-        return int(self.data.num_patches * (1 - self.objective.mask_ratio))
 
 
 def require_positive(key: str, value: float) -> None:

@@ -27,9 +27,10 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from pipeline.config import PATCH_SIZE, PretrainConfig, TrainingConfig
+from pipeline.config import PATCH_SIZE, TrainingConfig
 from pipeline.decoding import BadImageError
 from pipeline.masking import make_mask, random_mask
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.quarantine import BadSample
 from pipeline.reading import SampleReader, UnreadableSampleError
 from pipeline.reproducibility import EVAL_EPOCH, sample_generator
@@ -191,7 +192,8 @@ def micro_batches(
 
 def sample_stream(config: TrainingConfig, index: Index) -> SampleStream:
     """The order of a run's training samples."""
-    return SampleStream(config.run.seed, index.sizes, config.data.shuffle_window)
+    used = config.num_used(index.num_samples)
+    return SampleStream(config.run.seed, index.sizes, config.data.shuffle_window, used)
 
 
 class TrainingBatches:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import PretrainConfig
 from pipeline.data import SampleFactory
 from pipeline.decoding import BadImageError, EncodedImage
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.reading import UnreadableSampleError
 from pipeline.sources import Index, build_index
 

@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.cluster import joined_cluster, needed_cpus
+from pipeline.config import SCRATCH
 from pipeline.config_values import apply_overrides
 from pipeline.demo_data import write_demo_photos
 from pipeline.demo_labels import DemoTask, prepare_demo_labels
-from pipeline.finetune_config import SCRATCH, FinetuneConfig, Task
+from pipeline.finetune_config import FinetuneConfig, Task
 from pipeline.finetune_recipes import small_classify, small_detect, small_segment
 from pipeline.finetuning_run import run_finetuning
 from pipeline.pretraining_run import run_pretraining

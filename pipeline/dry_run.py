@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipeline import tracking
-from pipeline.config import PretrainConfig, TrainingConfig
+from pipeline.config import TrainingConfig
 from pipeline.config_values import config_to_dict
 from pipeline.data import SyntheticBatches
 from pipeline.datasets import DataSets
@@ -26,7 +26,9 @@ from pipeline.finetuning_run import TRAINING, build_model, open_data, resolve_in
 from pipeline.finetuning_run import describe as describe_finetuning
 from pipeline.mlflow_delivery import connect
 from pipeline.pretrain import forward_backward, to_device
-from pipeline.pretraining_run import describe
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretrain_weights import read_pretrain_weights
+from pipeline.pretraining_run import describe, load_report
 from pipeline.run_folder import RunFolder
 from pipeline.train_state import TrainState, Worker
 
@@ -41,15 +43,17 @@ def dry_run(config: PretrainConfig) -> str:
     """
     folder = RunFolder(config)
     folder.check()
+    weights = read_pretrain_weights(config)
+    load = load_report(config, weights)
     data = DataSets.open(config)
-    state = TrainState.build(config, _device(config))
+    state = TrainState.build(config, _device(config), weights)
     batch = {key: values[:_PROBE_BATCH] for key, values in SyntheticBatches(config).batch.items()}
     images, mask = to_device(batch, config, _device(config))
 
     def step() -> None:
         forward_backward(state.model, state.teacher, images, mask, config)
 
-    lines = [describe(config, data), *_describe_data(data)]
+    lines = [describe(config, data, weights, load), *_describe_data(data)]
     return _report(config, folder, lines, _estimate(config, state, step, data.num_samples))
 
 
@@ -75,7 +79,8 @@ def finetune_dry_run(config: FinetuneConfig) -> str:
         task.losses(state.model, batch, worker.device)[0].backward()
 
     lines = [describe_finetuning(config, train, val, task, weights, load_report)]
-    return _report(config, folder, lines, _estimate(config, state, step, train.num_samples))
+    num_samples = config.num_used(train.num_samples)
+    return _report(config, folder, lines, _estimate(config, state, step, num_samples))
 
 
 def _device(config: TrainingConfig) -> torch.device:

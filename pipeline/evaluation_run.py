@@ -20,7 +20,7 @@ import tyro
 from models.itpn import create_itpn
 from models.weights import load_weights
 from pipeline.cluster import joined_cluster
-from pipeline.config import require_positive
+from pipeline.config import InitConfig, require_positive
 from pipeline.data import Batch, made_ahead
 from pipeline.downstream.finetuned import Finetuned, load_finetuned
 from pipeline.downstream.probes import knn_predict, linear_probe
@@ -31,9 +31,10 @@ from pipeline.downstream.task_samples import (
     classes_of,
     task_samples,
 )
+from pipeline.encoder_settings import pretrained_encoder_kwargs
 from pipeline.evaluate import Share, combine, score_share
 from pipeline.evaluation_data import share_of
-from pipeline.finetune_config import InitConfig, task_of
+from pipeline.finetune_config import task_of
 from pipeline.frozen_features import LabelledFeatures, embed, probe_config
 from pipeline.init_weights import read_initial_weights, run_config
 from pipeline.sources import Index, build_index
@@ -164,7 +165,8 @@ def _probe_pretrained(config: EvaluateConfig, values: dict[str, Any]) -> dict[st
         std=tuple(values["data"]["std"]),
         batch_size=config.batch_size,
     )
-    encoder = create_itpn(weights.model_name, img_size=weights.image_size).eval()
+    args = pretrained_encoder_kwargs(weights.model_name, weights.image_size, weights.state, values)
+    encoder = create_itpn(weights.model_name, **args).eval()
     logger.info(load_weights(encoder, weights.state))
     train, val = (
         build_index(path, name)

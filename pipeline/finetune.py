@@ -103,7 +103,7 @@ def finetune(
     micros = config.micro_batches_of(worker.rank, worker.world_size)
     share = worker.world_size / config.num_micro_batches
     guard = NonFiniteGuard(worker)
-    is_stopped = False
+    is_stopped = between.is_at_pause(state)
 
     while state.step < num_steps and not is_stopped:
         lr = lr_at(state.step, num_steps, config)

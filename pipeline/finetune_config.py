@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
-
-import tyro
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from models.variants import get_variant
 from pipeline.config import (
+    EncoderConfig,
+    InitConfig,
     OptimConfig,
     RunConfig,
     SampleConfig,
@@ -23,7 +23,6 @@ from pipeline.config import (
     require_positive,
 )
 
-SCRATCH = "scratch"
 Task = Literal["classify", "detect", "segment"]
 Schedule = Literal["cosine", "step", "poly"]
 DetectorKind = Literal["mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "cascade_rcnn"]
@@ -31,24 +30,11 @@ BoxLoss = Literal["giou", "smooth_l1"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InitConfig:
-    """Where the weights come from."""
-
-    path: Annotated[str, tyro.conf.arg(name="init", prefix_name=False)] = ""
-    """Folder of a pre-training run, one of its checkpoints, or a weights file (.safetensors, .pth),
-    local or a URI; 'scratch' for random weights."""
-    neck: bool = True
-    """Load the pre-trained neck too, not only the backbone."""
-
-    @property
-    def is_scratch(self) -> bool:
-        """Whether all weights are random."""
-        return self.path == SCRATCH
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledDataConfig(SampleConfig):
     """Prepared data sets with annotations (see docs/data.md) and how a sample is made of them."""
+
+    label_fraction: float = 1.0
+    """Share of the training images that is used, drawn by run.seed: what few labels come to."""
 
     def __post_init__(self) -> None:
         for key in ("path", "val_path"):
@@ -57,25 +43,34 @@ class LabelledDataConfig(SampleConfig):
                     f"data.{key} is empty; give a prepared data set with annotations: "
                     f"--data.{key.replace('_', '-')} DIR"
                 )
+        if not 0 < self.label_fraction <= 1:
+            raise ValueError(f"data.label_fraction={self.label_fraction} must lie in (0, 1]")
         SampleConfig.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneModelConfig:
+class FinetuneModelConfig(EncoderConfig):
     """The network, without its head."""
 
     name: str = ""
     """A variant of models/variants.py; empty: the one of the run that --init names."""
     rel_pos_bias: bool = True
     """Relative position bias, zero at first, as official fine-tuning has it."""
+    decomposed_rel_pos: bool = False
+    """ViTDet's decomposed relative positions, zero at first, instead of the bias: as the official
+    CLIP-L detector; they fit images of every size."""
     drop_path_rate: float = 0.1
     """Stochastic depth of the last block."""
 
     def __post_init__(self) -> None:
         if self.name:
             get_variant(self.name)
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"model.drop_path_rate={self.drop_path_rate} must lie in [0, 1)")
+        if self.rel_pos_bias and self.decomposed_rel_pos:
+            raise ValueError(
+                "model.rel_pos_bias and model.decomposed_rel_pos are two kinds of relative "
+                "positions; switch one off, such as --model.no-rel-pos-bias"
+            )
+        EncoderConfig.__post_init__(self)  # not super(): slots make a new class of this one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +121,10 @@ class FinetuneConfig(TrainingConfig):
     def model_name(self) -> str:
         """The variant that is trained."""
         return self.model.name
+
+    def num_used(self, num_samples: int) -> int:
+        """Training samples that data.label_fraction leaves."""
+        return max(1, round(self.data.label_fraction * num_samples))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -39,7 +39,7 @@ from pipeline.run_folder import CLASSES_FILE
 from pipeline.sources import Index, build_index
 from pipeline.train_state import Worker
 from pipeline.train_worker import WorkerSession
-from pipeline.trainer import RunPlan, describe_batches, run_training
+from pipeline.trainer import OnRecord, RunPlan, describe_batches, run_training
 
 _NUM_PROBED = 16
 TRAINING: MakerBuilder = maker_builder(task_samples, is_training=True)
@@ -47,13 +47,16 @@ VALIDATION: MakerBuilder = maker_builder(task_samples, is_training=False)
 
 
 def run_finetuning(
-    config: FinetuneConfig, *, stop: threading.Event | None = None
+    config: FinetuneConfig,
+    *,
+    stop: threading.Event | None = None,
+    on_record: OnRecord | None = None,
 ) -> dict[str, Any]:
     """Run, or resume, a fine-tuning run; returns its summary.
 
     Args:
         config: the run.
-        stop: see `run_training`.
+        stop, on_record: see `run_training`.
 
     Raises:
         ValueError: anything in the config, the data, the weights or the run folder a user can fix.
@@ -61,7 +64,7 @@ def run_finetuning(
         KeyboardInterrupt: the run was interrupted; its newest checkpoint is kept.
     """
     config, weights = resolve_init(config)
-    return run_training(config, lambda: _plan(config, weights), stop=stop)
+    return run_training(config, lambda: _plan(config, weights), stop=stop, on_record=on_record)
 
 
 def resolve_init(config: ConfigOfTask) -> tuple[ConfigOfTask, InitialWeights]:
@@ -81,7 +84,7 @@ def _plan(config: FinetuneConfig, weights: InitialWeights) -> RunPlan:
     _, report = build_model(task, weights)
     return RunPlan(
         session=FinetuneSession,
-        num_samples=train.num_samples,
+        num_samples=config.num_used(train.num_samples),
         header=describe(config, train, val, task, weights, report),
         train=train,
         val=val,
@@ -157,7 +160,7 @@ def describe(
     """The header of a run: data, classes, batch and learning-rate arithmetic, the load report."""
     names = ", ".join(task.classes[:5]) + (", ..." if len(task.classes) > 5 else "")
     lines = [
-        describe_batches(config, train.num_samples),
+        describe_batches(config, config.num_used(train.num_samples)),
         f"{config.task}: {len(task.classes)} classes ({names}); "
         f"{val.num_samples} validation images; {task.main_metric} decides",
         f"weights   {weights.source}",

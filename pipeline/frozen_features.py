@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.itpn import ITPN
-from pipeline.config import PretrainConfig, RunConfig
+from pipeline.config import RunConfig
 from pipeline.data import Batch, Draws, SampleMaker, made_ahead
 from pipeline.downstream.accuracy import ClassificationScores
 from pipeline.downstream.probes import knn_predict
@@ -28,6 +28,7 @@ from pipeline.finetune_config import (
     FinetuneOptimConfig,
     LabelledDataConfig,
 )
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.sources import Index
 from pipeline.train_state import Worker, gather_from_workers
 

@@ -3,6 +3,7 @@ last file that says they are all there.
 
     <kind>-00000.parquet, ...   the rows; kind is predictions or embeddings
     _overlays/<row>_<name>.jpg  pictures, where there are any
+    _pca.png, ...               pictures of all of it, where there are any
     _quarantine.parquet         images that could not be used, where there are any
     _finished.json              counts, classes, settings; written last
 
@@ -47,6 +48,7 @@ class InferenceOutput:
         self.num_rows = 0
         self.num_pictures = 0
         self.shards: list[dict[str, Any]] = []
+        self.summaries: list[str] = []
         self._filesystem, self._root = storage.resolve(out)
         self._rows_per_shard = rows_per_shard
         self._waiting: list[pa.Table] = []
@@ -98,6 +100,12 @@ class InferenceOutput:
         storage.write_bytes(self._filesystem, target, jpeg)
         self.num_pictures += 1
 
+    def add_summary(self, name: str, png: bytes) -> None:
+        """Write a picture of all of it; its name is `_<letters>.png`."""
+        assert self._is_ours(name), f"{name} would neither be passed over nor done anew"
+        storage.write_bytes(self._filesystem, f"{self._root}/{name}", png)
+        self.summaries.append(name)
+
     def write_bad(self, bad: list[BadSample]) -> None:
         """Write the quarantine, if there is anything for it."""
         if bad:
@@ -131,7 +139,9 @@ class InferenceOutput:
         whole = re.sub(r"\.[0-9a-f]{8}\.part$", "", name)
         return (
             whole == BAD_SAMPLES_FILE
-            or re.fullmatch(rf"({PICTURES_FOLDER}/\d+_[^/]*\.jpg|[a-z]+-\d+\.parquet)", whole)
+            or re.fullmatch(
+                rf"({PICTURES_FOLDER}/\d+_[^/]*\.jpg|_[a-z]+\.png|[a-z]+-\d+\.parquet)", whole
+            )
             is not None
         )
 

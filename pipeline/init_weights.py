@@ -6,6 +6,7 @@ path needs to exist on one machine only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import tempfile
@@ -17,11 +18,15 @@ from pyarrow import fs
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from models.weights import LoadReport, load_weights, read_state_dict, to_canonical
+from models.key_layouts import to_canonical
+from models.variants import get_variant
+from models.weight_shapes import infer_shape
+from models.weights import LoadReport, load_weights, read_state_dict
 from pipeline import storage
 from pipeline.checkpoint import ENCODER_FILE, STATE_FILE
+from pipeline.config import SCRATCH, InitConfig
 from pipeline.config_values import apply_overrides
-from pipeline.finetune_config import SCRATCH, ConfigOfTask, InitConfig, task_of
+from pipeline.finetune_config import ConfigOfTask, task_of
 from pipeline.run_folder import CONFIG_FILE
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -144,7 +149,8 @@ def _without_neck(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_model_name(config: ConfigOfTask, weights: InitialWeights) -> ConfigOfTask:
-    """The config with the variant of the pre-training run, where it names none itself.
+    """The config with the variant of the weights and the dimensions of their neck, where it names
+    none itself. What no run says is read off the shapes.
 
     Raises:
         ValueError: neither says which variant, or they differ.
@@ -154,12 +160,22 @@ def with_model_name(config: ConfigOfTask, weights: InitialWeights) -> ConfigOfTa
         raise ValueError(
             f"model.name='{name}', but {weights.source} holds a {found}; leave --model.name out"
         )
-    if not (name or found):
+    shape = None
+    with contextlib.suppress(ValueError):  # loading says what is wrong with them, key by key
+        shape = None if weights.state is None else infer_shape(weights.state)
+    name = name or found or (shape.variants[0] if shape and shape.variants else "")
+    if not name:
         raise ValueError(
             f"model.name is empty and {weights.source} does not say which variant it is; give "
             "--model.name"
         )
-    return apply_overrides(config, {"model.name": name or found})
+    settings: dict[str, Any] = {"model.name": name}
+    variant = get_variant(name)
+    for key in ("fpn_dim", "fpn_depth"):
+        theirs = getattr(shape, key, 0)
+        if theirs != getattr(variant, key) and not getattr(config.model, key):
+            settings[f"model.{key}"] = theirs
+    return apply_overrides(config, settings)
 
 
 def load_initial_weights(model: nn.Module, weights: InitialWeights) -> LoadReport | None:

@@ -66,6 +66,12 @@ class MlflowRun:
         self.folder.open()
         facts = {**environment(), "git_commit": git_commit(REPO_ROOT)}
         self.folder.environment_file.write_text(json.dumps(facts, indent=1))
+        parent = config.tracking.parent_run_id
+        nesting = {"mlflow.parentRunId": parent} if parent else {}
+        settings = flatten_config(config)
+        key = self.folder.state.get("mlflow_key") or tracking.new_key()
+        self.folder.update_state(mlflow_key=key)  # a kill from here on leaves no second run
+        varied = {f"varied.{key}": settings[key] for key in config.tracking.varied}
         try:
             run_id = tracking.open_run(
                 self.uri,
@@ -73,8 +79,9 @@ class MlflowRun:
                 artifact_folder=self.folder.storage_path / "mlartifacts",
                 name=config.run.name,
                 run_id=known_id,
-                params={**flatten_config(config), "num_samples": num_samples, "lr": config.lr},
-                tags=facts,
+                key=key,
+                params={**settings, **varied, "num_samples": num_samples, "lr": config.lr},
+                tags=facts | nesting,
             )
         except BaseException:
             if known_id is None:

@@ -14,6 +14,9 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
+from models.feature_distillation import FeatureDistillationModel
+from models.hivit import HiViT
+
 Task = Literal["classification", "detection", "segmentation"]
 TASKS: tuple[Task, ...] = ("classification", "detection", "segmentation")
 NOMINAL_LAYERS = 13
@@ -31,13 +34,17 @@ class ParamSetting(NamedTuple):
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups covering every trainable parameter once: undecayed (1-D and biases), decayed.
 
-    As the official pixel pre-training: `pos_embed` and `mask_token` *are* decayed
-    (itpn_pixel/main_pretrain.py:178; pinned by
-    golden/extras/param_groups_pixel_pretrain_base.json).
+    As the official pre-training: `mask_token` and bias tables *are* decayed, and so is `pos_embed`
+    in the pixel code (itpn_pixel/main_pretrain.py:178), but not in feature distillation
+    (itpn_clip/optim_factory.py). Pinned by golden/extras/param_groups_*_pretrain_base.json.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    undecayed = [p for name, p in trainable if p.ndim <= 1 or name.endswith(".bias")]
-    decayed = [p for name, p in trainable if not (p.ndim <= 1 or name.endswith(".bias"))]
+    spared = "encoder.backbone.pos_embed" if isinstance(model, FeatureDistillationModel) else None
+    undecayed: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_decayed = p.ndim > 1 and not name.endswith(".bias") and name != spared
+            (decayed if is_decayed else undecayed).append(p)
     return [
         {"params": undecayed, "weight_decay": 0.0},
         {"params": decayed, "weight_decay": weight_decay},
@@ -63,6 +70,8 @@ def layer_decay_settings(
         detection        layer_decay                     det/mmcv_custom, layer_decay_optimizer_...
         segmentation     layer_decay ** (13 / (n + 2))   seg, iTPNLayerDecayOptimizerConstructor
 
+    A Fast-iTPN classifier counts its merges as layers and takes layer_decay as it is
+    (fast_itpn/optim_factory.py).
     Biases, 1-D tensors, position and relative position tables are not decayed.
 
     differs from the official code (each pinned in tests/pipeline/test_optim.py):
@@ -101,8 +110,9 @@ def layer_decay_settings(
         last = last if num_layers is None else num_layers + 1
         layers = {name: _official_layer(name, task, last) for name in layers}
         undecayed = {n for n in undecayed if task == "detection" and n.endswith(".pos_embed")}
+    is_fast = any(isinstance(module, HiViT) and module.is_fast for module in model.modules())
     exponent = {
-        "classification": NOMINAL_LAYERS / last,
+        "classification": 1.0 if is_fast else NOMINAL_LAYERS / last,
         "detection": 1.0,
         "segmentation": NOMINAL_LAYERS / (last + 1),
     }[task]

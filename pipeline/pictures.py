@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.mfm import normalize_features
 from models.pretraining import PretrainingModel
-from models.teacher import EMATeacher
+from models.teacher import Teacher
 from models.tokens import gather_tokens, patchify, split_tokens, unpatchify
 from pipeline.picture_grid import picture_grid, png_bytes
 from pipeline.pretrain_evaluation import reconstruct
@@ -28,7 +28,7 @@ _GREY = 0.75
 @torch.no_grad()
 def reconstruction_picture(
     model: PretrainingModel,
-    teacher: EMATeacher | None,
+    teacher: Teacher | None,
     images: Tensor,
     mask: Tensor,
     *,
@@ -50,8 +50,7 @@ def reconstruction_picture(
     Returns:
         PNG bytes.
     """
-    to_unit = (torch.tensor(std).view(1, -1, 1, 1), torch.tensor(mean).view(1, -1, 1, 1))
-    scale, shift = (t.to(images) for t in to_unit)
+    scale, shift = _to_unit(images, mean, std)
     shown = images * scale + shift
     columns = {
         "input": shown,
@@ -59,10 +58,63 @@ def reconstruction_picture(
         "reconstruction": reconstruct(model, images, mask) * scale + shift,
     }
     if teacher is not None and model.mfm is not None:
-        target, predicted = _feature_colours(model, teacher, images, mask)
+        _, ids_masked = split_tokens(mask)
+        targets = normalize_features(teacher(images, ids_masked))[PICTURE_STRIDE]
+        features = model.predict(images, mask).features[PICTURE_STRIDE]  # (B, N, c, c, d)
+        answers = gather_tokens(features, ids_masked).float()
+        target, predicted = _feature_colours(targets, answers, mask, ids_masked)
         columns["teacher features"] = target
         columns["predicted features"] = predicted
     return _compose({name: tiles.float().cpu() for name, tiles in columns.items()}, tile_px)
+
+
+@torch.no_grad()
+def distillation_picture(
+    images: Tensor,
+    mask: Tensor,
+    targets: Tensor,
+    predicted: Tensor,
+    *,
+    patch_size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    tile_px: int = 160,
+) -> bytes:
+    """Draw a teacher's tokens and their prediction at the hidden patches.
+
+    Args:
+        images: (B, C, H, W), normalised.
+        mask: (B, N) bool, True = masked.
+        targets: (B, N, T), the teacher's.
+        predicted: (B, N, T), the student's.
+        patch_size: token side in pixels.
+        mean: channel means to un-normalise with.
+        std: channel deviations to un-normalise with.
+        tile_px: smallest side of a tile in the picture.
+
+    Returns:
+        PNG bytes.
+    """
+    scale, shift = _to_unit(images, mean, std)
+    shown = images * scale + shift
+    _, ids_masked = split_tokens(mask)
+    hidden = [gather_tokens(x.float(), ids_masked)[:, :, None, None] for x in (targets, predicted)]
+    target, answer = _feature_colours(hidden[0], hidden[1], mask, ids_masked)
+    columns = {
+        "input": shown,
+        "masked": _fill_hidden(shown, mask, patch_size),
+        "teacher features": target,
+        "predicted features": answer,
+    }
+    return _compose({name: tiles.float().cpu() for name, tiles in columns.items()}, tile_px)
+
+
+def _to_unit(
+    images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift that bring normalised images to [0, 1], each (1, C, 1, 1)."""
+    scale, shift = (torch.tensor(values).view(1, -1, 1, 1).to(images) for values in (std, mean))
+    return scale, shift
 
 
 def _fill_hidden(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
@@ -74,13 +126,9 @@ def _fill_hidden(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
 
 
 def _feature_colours(
-    model: PretrainingModel, teacher: EMATeacher, images: Tensor, mask: Tensor
+    target: Tensor, predicted: Tensor, mask: Tensor, ids_masked: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Teacher targets and predictions of one stage as (B, 3, h*c, w*c) in [0, 1]."""
-    _, ids_masked = split_tokens(mask)
-    target = normalize_features(teacher(images, ids_masked))[PICTURE_STRIDE]  # (B, M, c, c, d)
-    predicted = model.predict(images, mask).features[PICTURE_STRIDE]  # (B, N, c, c, d)
-    predicted = gather_tokens(predicted, ids_masked).float()
+    """Features (B, M, c, c, d) at the masked patches as pictures (B, 3, h*c, w*c) in [0, 1]."""
     # A run that diverges must end with its own error, not with that of a picture.
     target, predicted = (torch.nan_to_num(f, posinf=0.0, neginf=0.0) for f in (target, predicted))
     flat = target.flatten(0, -2)  # (B*M*c*c, d)

@@ -15,19 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.hivit import STRIDES
-from models.teacher import EMATeacher
-from models.tokens import split_tokens
 from pipeline.between_steps import BetweenSteps, Hooks, Step
 from pipeline.checkpoint import Checkpointer
-from pipeline.config import PretrainConfig
+from pipeline.draws import seed_draws
 from pipeline.nonfinite import NonFiniteGuard, NonFiniteLossError, non_finite_message
+from pipeline.objectives import objective_of
 from pipeline.optim import set_lr
 from pipeline.parallel import no_sync_unless, parallel
-from pipeline.pictures import reconstruction_picture
-from pipeline.pretrain_evaluation import PretrainEvaluation
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretrain_weights import PretrainWeights
 from pipeline.quarantine import bad_samples
 from pipeline.schedules import teacher_momentum, warmup_cosine
+from pipeline.teachers import EMA
 from pipeline.train_state import TrainState, Worker
 
 Batch = dict[str, NDArray[Any]]
@@ -41,6 +40,7 @@ def pretrain(
     num_samples: int,
     batches_from: Callable[[int], Iterable[Batch]],
     evaluation_batch: Batch,
+    weights: PretrainWeights = PretrainWeights(),
     probe: Callable[[nn.Module], dict[str, float]] = lambda encoder: {},
     checkpointer: Checkpointer,
     worker: Worker = Worker(),
@@ -48,13 +48,14 @@ def pretrain(
 ) -> dict[str, Any]:
     """Pre-train until the last step, or until a stop is asked for.
 
-    Restore order: 1 the run's own newest valid checkpoint, 2 scratch.
+    Restore order: 1 the run's own newest valid checkpoint, 2 the initial weights, 3 scratch.
 
     Args:
         config: the run.
         num_samples: size of the training set.
         batches_from: gives this worker's micro-batches from a step on, in order.
         evaluation_batch: this worker's share of the held-out crops.
+        weights: what the student starts from, and those of a frozen teacher.
         probe: further metrics of the encoder at evaluations; all workers call it.
         checkpointer: written by worker 0, read by all.
         worker: this process.
@@ -70,13 +71,14 @@ def pretrain(
         TooManyBadSamplesError: at a log step.
     """
     num_steps = config.num_steps(num_samples)
-    state = TrainState.build(config, worker.device)
+    state = TrainState.build(config, worker.device, weights)
+    names = objective_of(config).loss_names
     state.restore(checkpointer, worker)
     hooks.on_start(state.step)
     between = BetweenSteps(
         config,
         num_samples,
-        loss_names(has_mfm=state.teacher is not None),
+        names,
         checkpointer,
         worker,
         hooks,
@@ -88,17 +90,17 @@ def pretrain(
     )
     model = parallel(state.model, worker)
     batches = iter(batches_from(state.step))
-    num_micros = len(config.micro_batches_of(worker.rank, worker.world_size))
+    micros = config.micro_batches_of(worker.rank, worker.world_size)
     guard = NonFiniteGuard(worker)
-    is_stopped = False
+    is_stopped = between.is_at_pause(state)
 
     while state.step < num_steps and not is_stopped:
         schedules = schedules_at(state.step, num_steps, config)
         set_lr(state.optimizer, schedules["optim/lr"])
 
-        losses = torch.zeros(2 + len(STRIDES), device=worker.device)  # total, mim, mfm by stride
+        losses = torch.zeros(len(names), device=worker.device)
         num_bad = 0
-        for micro in range(num_micros):
+        for micro in micros:
             with between.meter.waiting():
                 batch = next(batches)
             guard.add_batch(batch)
@@ -107,7 +109,8 @@ def pretrain(
             num_bad += len(bad)
             images, mask = to_device(batch, config, worker.device)
             weight = sample_weights(batch, worker.device) if bad else None
-            with no_sync_unless(micro == num_micros - 1, model):
+            seed_draws(config.run.seed, state.step, micro)
+            with no_sync_unless(micro == micros[-1], model):
                 losses += forward_backward(
                     model, state.teacher, images, mask, config, weight, worker.world_size
                 )
@@ -117,9 +120,9 @@ def pretrain(
         is_skipped = not guard.admits(state, losses, grad_norm)
         if not is_skipped:
             state.optimizer.step()
-            if state.teacher:
+            if state.average:
                 momentum = schedules["optim/teacher_momentum"]
-                state.teacher.update(state.model.encoder.backbone, momentum)
+                state.average.update(state.model.encoder.backbone, momentum)
         elif state.skipped_in_a_row > config.optim.max_skipped_steps:
             dump = guard.dump(state)
             if worker.is_rank_zero:
@@ -134,7 +137,7 @@ def pretrain(
 
 def forward_backward(
     model: nn.Module,
-    teacher: EMATeacher | None,
+    teacher: Any,
     images: Tensor,
     mask: Tensor,
     config: PretrainConfig,
@@ -148,25 +151,20 @@ def forward_backward(
 
     Args:
         model: the student, possibly wrapped for data parallelism.
-        teacher: None without MFM.
+        teacher: None where no features are predicted.
         images: (B, C, H, W), normalised.
         mask: (B, N) bool, True = masked.
         config: the run.
         weight: (B,) factors of the images' losses; None for ones.
 
     Returns:
-        (2 + stages,) total, MIM and MFM losses divided by the accumulation steps.
+        (L,) losses in the order of the objective's names, divided by the accumulation steps.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-        features = None
-        if teacher is not None:
-            _, ids_masked = split_tokens(mask, config.num_visible)
-            features = teacher(images, ids_masked)
-        losses = model(images, mask, features, config.num_visible, weight)
+        losses = objective_of(config).losses(model, teacher, images, mask, weight)
     share = world_size / config.num_micro_batches
-    (losses.total * share).backward()
-    mfm = [losses.mfm.get(stride, torch.zeros_like(losses.mim)) for stride in STRIDES]
-    return torch.stack([losses.total, losses.mim, *mfm]).detach() * share
+    (losses[0] * share).backward()
+    return losses.detach() * share
 
 
 def schedules_at(step: int, num_steps: int, config: PretrainConfig) -> dict[str, float]:
@@ -179,7 +177,7 @@ def schedules_at(step: int, num_steps: int, config: PretrainConfig) -> dict[str,
         num_steps=num_steps,
     )
     schedules = {"optim/lr": lr}
-    if config.objective.mfm_weight > 0:
+    if config.has_teacher and config.objective.teacher == EMA:
         start = config.objective.teacher_momentum
         schedules["optim/teacher_momentum"] = teacher_momentum(
             step, start=start, num_steps=num_steps
@@ -207,7 +205,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Losses on the held-out crops against trivial predictors, over all workers; float32."""
     state.model.eval()
-    evaluation = PretrainEvaluation(state.model, state.teacher, config.data.std)
+    evaluation = objective_of(config).evaluation(state.model, state.teacher)
     size = config.batch_size_per_worker
     for first in range(0, len(batch["image"]), size):
         part = {key: values[first : first + size] for key, values in batch.items()}
@@ -222,13 +220,6 @@ def draw_picture(state: TrainState, batch: Batch, config: PretrainConfig) -> byt
     part = {key: values[:_PICTURE_ROWS] for key, values in batch.items()}
     images, mask = to_device(part, config, device)
     state.model.eval()
-    png = reconstruction_picture(
-        state.model, state.teacher, images, mask, mean=config.data.mean, std=config.data.std
-    )
+    png = objective_of(config).picture(state.model, state.teacher, images, mask)
     state.model.train()
     return png
-
-
-def loss_names(*, has_mfm: bool) -> tuple[str, ...]:
-    """Names of the losses, in the order of `forward_backward`."""
-    return ("loss", "loss_mim", *(f"loss_mfm{s}" for s in STRIDES if has_mfm))

@@ -26,7 +26,7 @@ from models.hivit import STRIDES
 from models.mfm import normalize_features
 from models.mim import patch_statistics
 from models.pretraining import PretrainingModel
-from models.teacher import EMATeacher
+from models.teacher import Teacher
 from models.tokens import gather_tokens, patchify, split_tokens, unpatchify
 
 
@@ -41,7 +41,7 @@ class PretrainEvaluation:
     """
 
     def __init__(
-        self, model: PretrainingModel, teacher: EMATeacher | None, std: tuple[float, ...]
+        self, model: PretrainingModel, teacher: Teacher | None, std: tuple[float, ...]
     ) -> None:
         self.model = model
         self.teacher = teacher
@@ -117,7 +117,7 @@ class PretrainEvaluation:
             "val/baseline_visible_colour": float(s["colour/error"] / count),
         }
         best = min(metrics["val/baseline_position_mean"], metrics["val/baseline_visible_colour"])
-        metrics["val/mim_loss_over_baseline"] = _ratio(metrics["val/loss_mim"], best)
+        metrics["val/mim_loss_over_baseline"] = ratio(metrics["val/loss_mim"], best)
         metrics["val/stage16_abs_mean"] = float(s["stage16/abs"] / s["stage16/count"])
         if self.model.mfm is None:
             return metrics
@@ -130,12 +130,12 @@ class PretrainEvaluation:
             baselines.append(float(variance.mean()))
             metrics[f"val/loss_mfm{stride}"] = losses[-1]
             metrics[f"val/baseline_mfm{stride}"] = baselines[-1]
-            metrics[f"val/mfm{stride}_loss_over_baseline"] = _ratio(losses[-1], baselines[-1])
-        metrics["val/mfm_loss_over_baseline"] = _ratio(sum(losses), sum(baselines))
+            metrics[f"val/mfm{stride}_loss_over_baseline"] = ratio(losses[-1], baselines[-1])
+        metrics["val/mfm_loss_over_baseline"] = ratio(sum(losses), sum(baselines))
         return metrics
 
 
-def _ratio(loss: float, baseline: float) -> float:
+def ratio(loss: float, baseline: float) -> float:
     """Of crops without any variation the trivial predictor makes no error: a huge, finite ratio."""
     return loss / max(baseline, 1e-12)
 

@@ -11,15 +11,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import ray
+import torch
 
+from models.weights import LoadReport, load_weights
 from pipeline.between_steps import Hooks
 from pipeline.checkpoint import Checkpointer
-from pipeline.config import PretrainConfig
 from pipeline.config_values import config_from_dict
 from pipeline.data import SampleFactory, SyntheticBatches, TrainingBatches
 from pipeline.datasets import DataSets
 from pipeline.frozen_features import OnlineKnn
+from pipeline.objectives import objective_of
 from pipeline.pretrain import Batch, pretrain
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretrain_weights import PretrainWeights, read_pretrain_weights
+from pipeline.teachers import frozen_teacher
 from pipeline.train_state import Worker
 from pipeline.train_worker import WorkerSession
 from pipeline.trainer import RunPlan, describe_batches, run_training
@@ -37,29 +42,54 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _plan(config: PretrainConfig) -> RunPlan:
+    weights = read_pretrain_weights(config)
+    report = load_report(config, weights)
     data = DataSets.open(config)
     return RunPlan(
         session=PretrainSession,
         num_samples=data.num_samples,
-        header=describe(config, data),
+        header=describe(config, data, weights, report),
         train=data.train,
         val=data.val,
         job={},
-        shared={},
-        headline=lambda metrics: {
-            "mim_loss_over_baseline": metrics["val/mim_loss_over_baseline"],
-            "mfm_loss_over_baseline": metrics.get("val/mfm_loss_over_baseline"),
-        },
+        shared={"weights": weights},
+        headline=objective_of(config).headline,
     )
 
 
-def describe(config: PretrainConfig, data: DataSets) -> str:
-    """The header of a run: data, batch and learning-rate arithmetic, patches."""
+def load_report(config: PretrainConfig, weights: PretrainWeights) -> LoadReport | None:
+    """What becomes of every initial weight, tried on a model of the driver; None for random ones.
+
+    Raises:
+        ValueError: they do not fit, with the keys.
+    """
+    if weights.init.state is None:
+        return None
+    model = objective_of(config).build(frozen_teacher(config, weights.teacher, torch.device("cpu")))
+    try:
+        return load_weights(model, weights.init.state)
+    except ValueError as error:
+        raise ValueError(f"--init {weights.init.source} does not fit: {error}") from error
+
+
+def describe(
+    config: PretrainConfig,
+    data: DataSets,
+    weights: PretrainWeights,
+    report: LoadReport | None,
+) -> str:
+    """The header of a run: data, batch and learning-rate arithmetic, patches, weights."""
     kind = "synthetic images" if config.data.synthetic else "images"
-    return (
+    lines = [
         f"{describe_batches(config, data.num_samples, kind)}; "
         f"{config.num_visible} of {config.data.num_patches} patches visible"
-    )
+    ]
+    if report is not None:
+        lines += [f"weights   {weights.init.source}"]
+        lines += [f"  {line}" for line in str(report).splitlines()]
+    if weights.teacher is not None:
+        lines += [f"teacher   {weights.teacher.source}, frozen"]
+    return "\n".join(lines)
 
 
 class PretrainSession(WorkerSession):
@@ -82,6 +112,7 @@ class PretrainSession(WorkerSession):
             num_samples=self.job["num_samples"],
             batches_from=self._batches_from,
             evaluation_batch=self._evaluation_batch(),
+            weights=ray.get(self.job["weights"][0]),
             probe=self._knn() or (lambda encoder: {}),
             checkpointer=self.checkpointer,
             worker=self.worker,

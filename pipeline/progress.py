@@ -110,6 +110,8 @@ def format_record(step: int, num_steps: int, metrics: dict[str, Any]) -> str:
         ("mfm4", "train/loss_mfm4", ".3f"),
         ("mfm8", "train/loss_mfm8", ".3f"),
         ("mfm16", "train/loss_mfm16", ".3f"),
+        ("main", "train/loss_main", ".4f"),
+        ("auxiliary", "train/loss_auxiliary", ".4f"),
         ("lr", "optim/lr", ".2e"),
         ("grad", "train/grad_norm", ".3f"),
         ("img/s", "perf/images_per_s", ".1f"),
@@ -117,6 +119,8 @@ def format_record(step: int, num_steps: int, metrics: dict[str, Any]) -> str:
         ("mem", "memory/peak_gib", ".1fGiB"),
         ("| held-out mim/baseline", "val/mim_loss_over_baseline", ".3f"),
         ("mfm/baseline", "val/mfm_loss_over_baseline", ".3f"),
+        ("| held-out main/baseline", "val/main_loss_over_baseline", ".3f"),
+        ("auxiliary/baseline", "val/auxiliary_loss_over_baseline", ".3f"),
         ("|feature16|", "val/stage16_abs_mean", ".2f"),
     ):
         if key in metrics:

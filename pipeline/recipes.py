@@ -1,6 +1,7 @@
 """Recipes: complete named runs. A variation is a dotted override, on the command line or in code.
 
-The paper's numbers are those of the released pixel pre-training (PRETRAIN.md, main_pretrain.py);
+The paper's numbers are those of the released pre-training: pixel (PRETRAIN.md, main_pretrain.py)
+and CLIP (itpn_clip/README.md, run_itpn_pretraining.py);
 `mfm_weight=0.3` and everything about the teacher is ours, `--objective.mfm-weight 0` is the public
 pixel objective.
 """
@@ -9,16 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.config import (
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PretrainConfig,
-    RunConfig,
-    ScalingConfig,
-    TrackingConfig,
-)
+from pipeline.config import OptimConfig, RunConfig, ScalingConfig, TrackingConfig
+from pipeline.config_values import apply_overrides
+from pipeline.pretrain_config import DataConfig, ModelConfig, ObjectiveConfig, PretrainConfig
 
 DEMO_DATA = "runs/demo-data"
 
@@ -96,9 +90,50 @@ def pixel_large_in1k() -> PretrainConfig:
     )
 
 
+def _clip_in1k(size: str, teacher: str, drop_path_rate: float) -> PretrainConfig:
+    return PretrainConfig(
+        run=RunConfig(name=f"clip-{size}-in1k"),
+        data=DataConfig(
+            path="data/imagenet/train",
+            num_cpus=512,
+            global_batch_size=2048,
+            crop_scale=(0.08, 1.0),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+        ),
+        model=ModelConfig(name=f"itpn_{size}_clip_patch16_224", drop_path_rate=drop_path_rate),
+        objective=ObjectiveConfig(
+            kind="distillation",
+            teacher=f"timm/{teacher}",
+            teacher_projection=True,
+            mask_type="block",
+            mask_ratio=0.382,  # 75 of 196 patches
+        ),
+        optim=OptimConfig(
+            lr=1.5e-3, min_lr=1e-5, betas=(0.9, 0.98), num_epochs=300, warmup_ratio=5 / 300
+        ),
+        scaling=ScalingConfig(num_workers=64, use_gpu=True, max_batch_size_per_worker=32),
+    )
+
+
+def clip_base_in1k() -> PretrainConfig:
+    """iTPN-B learning CLIP-B/16 on ImageNet-1k, as released but for the leak, the teacher's
+    scaling and colour jitter: 300 epochs at batch 2048 on 64 GPUs."""
+    return _clip_in1k("base", "vit_base_patch16_clip_quickgelu_224.openai", 0.1)
+
+
+def clip_large_in1k() -> PretrainConfig:
+    """iTPN-L learning CLIP-L/14, which sees 196 pixels and so has the student's 14 x 14 tokens, as
+    released but for the same: 300 epochs at batch 2048 on 64 GPUs."""
+    config = _clip_in1k("large", "vit_large_patch14_clip_quickgelu_224.openai", 0.2)
+    return apply_overrides(config, {"objective.teacher_size": 196})
+
+
 PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     "debug": debug,
     "demo": demo,
     "pixel-base-in1k": pixel_base_in1k,
     "pixel-large-in1k": pixel_large_in1k,
+    "clip-base-in1k": clip_base_in1k,
+    "clip-large-in1k": clip_large_in1k,
 }

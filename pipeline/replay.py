@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint import STATE_FILE, load_state, problem_of
-from pipeline.config import PretrainConfig
 from pipeline.config_values import config_from_dict
 from pipeline.data import Batch, Draws, SampleFactory, micro_batches, sample_stream
 from pipeline.pretrain import forward_backward, sample_weights, to_device
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretrain_weights import read_pretrain_weights
 from pipeline.sources import build_index
 from pipeline.train_state import TrainState
 
@@ -65,7 +66,7 @@ def replay(dump: Path) -> list[ReplayedStep]:
     if config.data.synthetic:
         raise ValueError(f"the run of '{dump}' was fed random pixels, there is no sample to name")
     device = torch.device("cuda" if config.scaling.use_gpu and torch.cuda.is_available() else "cpu")
-    state = TrainState.build(config, device)
+    state = TrainState.build(config, device, read_pretrain_weights(config))
     state.load_state_dict(dumped)
     index = build_index(config.data.path, max_bad_fraction=1.0)
     factory = SampleFactory.build(config, index)

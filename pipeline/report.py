@@ -6,11 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from pipeline import tracking
-from pipeline.config import PretrainConfig, TrainingConfig
+from pipeline.config import TrainingConfig
 from pipeline.finetune_config import FinetuneConfig
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.reproducibility import environment, git_commit
 from pipeline.run_folder import RunFolder
+
+_WIDTH = 140
 
 
 def first_line(models_folder: Path) -> str:
@@ -28,6 +34,18 @@ def final_report(config: PretrainConfig, summary: dict[str, Any]) -> str:
     held_out = (
         "data.val_path" if config.data.val_path else "training images, crops never trained on"
     )
+    if config.objective.kind == "distillation":
+        lines = [
+            "",
+            f"held-out crops ({held_out}), squared error at hidden patches against the mean token:",
+            *(
+                f"  {head:9s} head  model {m[f'val/loss_{head}']:.4f}   mean token "
+                f"{m['val/baseline_tokens']:.4f}   ratio {m[f'val/{head}_loss_over_baseline']:.3f}"
+                for head in ("main", "auxiliary")
+            ),
+        ]
+        weights = f"encoder   {folder.path / folder.export_file}"
+        return "\n".join([*lines, *_ending(config, summary, "reconstructions", weights)])
     lines = [
         "",
         f"held-out crops ({held_out}), error at hidden patches:",
@@ -84,3 +102,9 @@ def _ending(config: TrainingConfig, summary: dict[str, Any], kind: str, weights:
         weights,
         f"MLflow    {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}",
     ]
+
+
+def print_table(table: Table) -> None:
+    """Print a table, wide where there is no terminal to fit it into."""
+    console = Console()
+    (console if console.is_terminal else Console(width=_WIDTH)).print(table)

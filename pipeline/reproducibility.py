@@ -19,8 +19,8 @@ import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 
-Stream = Literal["order", "crop", "mask"]
-_STREAMS: dict[Stream, int] = {"order": 0, "crop": 1, "mask": 2}
+Stream = Literal["order", "crop", "mask", "used"]
+_STREAMS: dict[Stream, int] = {"order": 0, "crop": 1, "mask": 2, "used": 3}
 EVAL_EPOCH = 2**40
 """First epoch number of evaluation crops; training never gets there."""
 
@@ -31,7 +31,7 @@ def sample_generator(seed: int, epoch: int, sample_id: int, stream: Stream) -> n
     Args:
         seed: seed of the run.
         epoch: pass over the data, from 0.
-        sample_id: stable 64-bit id of the sample (any number for `stream="order"`).
+        sample_id: stable 64-bit id of the sample (any number for "order" and "used").
         stream: what the numbers are for; streams never share numbers.
     """
     # The counter's low words count the draws; its high words tell epochs and streams apart.

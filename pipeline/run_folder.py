@@ -7,6 +7,7 @@ the end encoder.safetensors (a fine-tuning run: model.safetensors) and summary.j
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,8 +16,9 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.checkpoint import ENCODER_FILE, MODEL_FILE
-from pipeline.config import PretrainConfig, TrainingConfig
-from pipeline.config_values import config_diff, config_to_dict
+from pipeline.config import TrainingConfig
+from pipeline.config_values import config_diff, config_from_dict, config_to_dict
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.quarantine import QUARANTINE_FILE
 
 CONFIG_FILE = "config.json"
@@ -69,9 +71,10 @@ class RunFolder:
         name = self.config.run.name
         if not self._config_file.exists() or self.config.run.allow_config_change:
             return
-        changes = config_diff(
-            json.loads(self._config_file.read_text()), config_to_dict(self.config)
-        )
+        before = json.loads(self._config_file.read_text())
+        with contextlib.suppress(ValueError, TypeError):  # settings it did not know yet
+            before = config_to_dict(config_from_dict(type(self.config), before))
+        changes = config_diff(before, config_to_dict(self.config))
         if changes:
             shown = "\n  ".join(changes)
             raise ValueError(
@@ -83,11 +86,11 @@ class RunFolder:
     def open(self) -> None:
         """Create the folder and write the configuration."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self._config_file, config_to_dict(self.config))
+        write_json(self._config_file, config_to_dict(self.config))
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of the folder, replacing an older one in one go."""
-        _write(self.path / name, content)
+        write_json(self.path / name, content)
 
     def withdraw(self) -> None:
         """Undo `open` for a run that never started, so that it holds no other to its config."""
@@ -108,12 +111,12 @@ class RunFolder:
 
     def update_state(self, **facts: Any) -> None:
         """Add facts to the state."""
-        _write(self._state_file, {**self.state, **facts})
+        write_json(self._state_file, {**self.state, **facts})
 
     def finish(self, summary: dict[str, Any], checkpoint: Path) -> None:
         """Publish the weights, then the summary that marks the run as finished."""
         shutil.copyfile(checkpoint / self.export_file, self.path / self.export_file)
-        _write(self.summary_file, summary)
+        write_json(self.summary_file, summary)
 
     def files_for_artifacts(self) -> list[Path]:
         """Small files worth a copy in MLflow at the end of the run."""
@@ -124,7 +127,7 @@ class RunFolder:
         return [self.path / name for name in names]
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a small file in one go: a kill or a full disk leaves the old one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -69,13 +69,23 @@ class SampleStream:
         sizes: rows of each group that is read together, in index order; or the number of samples
             when each is a file of its own.
         window: rows permuted together when there are groups.
+        num_used: use so many samples, the same in every epoch, drawn by the seed; a smaller number
+            draws from among those of a larger one. None: all.
     """
 
-    def __init__(self, seed: int, sizes: Integers | int, window: int) -> None:
+    def __init__(
+        self, seed: int, sizes: Integers | int, window: int, num_used: int | None = None
+    ) -> None:
         self.seed = seed
-        self.sizes = sizes
         self.window = window
-        self.num_samples = sizes if isinstance(sizes, int) else int(sizes.sum())
+        total = sizes if isinstance(sizes, int) else int(sizes.sum())
+        self.num_samples = total if num_used is None else num_used
+        self.is_grouped = not isinstance(sizes, int)
+        self._pick: KeyedPermutation | None = None
+        if self.num_samples < total:
+            self._pick = KeyedPermutation(total, sample_generator(seed, 0, 0, "used"))
+            sizes = self.num_samples  # scattered over the groups, they are shuffled like files
+        self.sizes = sizes
         self._epochs: dict[int, _FileOrder | _GroupOrder] = {}
 
     def at(self, positions: Integers) -> tuple[Integers, Integers]:
@@ -85,7 +95,7 @@ class SampleStream:
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             rows[here] = self._order(epoch).at(offsets[here])
-        return epochs, rows
+        return epochs, rows if self._pick is None else self._pick(rows)
 
     def step(self, step: int, global_batch_size: int) -> tuple[Integers, Integers, Integers]:
         """Positions, epochs and rows of a step's global batch.
@@ -95,7 +105,7 @@ class SampleStream:
         first = step * global_batch_size
         positions = np.arange(first, first + global_batch_size)
         epochs, rows = self.at(positions)
-        if isinstance(self.sizes, int):
+        if not self.is_grouped:
             return positions, epochs, rows
         order = np.lexsort((rows, epochs))
         return positions[order], epochs[order], rows[order]

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +28,17 @@ _MAX_PARAM_CHARS = 6000  # MLflow's own limit on parameter values
 PICTURE_FOLDERS = ("reconstructions", "predictions", "confusion")
 """Kinds of pictures a run may draw; folders of the run and of its artifacts."""
 _CLOSE_PAUSES_S = (1.0, 3.0)
+_KEY_TAG = "itpn_key"
 
 
 def default_tracking_uri(storage_path: Path) -> str:
     """SQLite file under the run storage."""
     return f"sqlite:///{storage_path.absolute() / 'mlflow.db'}"
+
+
+def new_key() -> str:
+    """What a run is known by before MLflow has given it an id."""
+    return uuid.uuid4().hex
 
 
 def open_run(
@@ -41,6 +48,7 @@ def open_run(
     artifact_folder: Path,
     name: str,
     run_id: str | None,
+    key: str,
     params: dict[str, Any],
     tags: dict[str, str],
 ) -> str:
@@ -54,6 +62,8 @@ def open_run(
         artifact_folder: where a local experiment keeps artifacts (servers decide themselves).
         name: run name.
         run_id: run to continue; None for a new one.
+        key: of the run, from `new_key`, written down before: one that was created with it just
+            before a kill is taken instead of a second one.
         params: configuration, logged once.
         tags: facts that may change between restarts.
 
@@ -64,7 +74,7 @@ def open_run(
         _reopen(uri, run_id, tags)
         return run_id
     try:
-        return _create(uri, experiment, artifact_folder, name, params, tags)
+        return _create(uri, experiment, artifact_folder, name, key, params, tags)
     except Exception as error:
         way_out = "start the server, or pass --tracking.uri '' to log into SQLite"
         if uri.startswith("sqlite:"):
@@ -80,6 +90,7 @@ def _create(
     experiment: str,
     artifact_folder: Path,
     name: str,
+    key: str,
     params: dict[str, Any],
     tags: dict[str, str],
 ) -> str:
@@ -88,7 +99,10 @@ def _create(
     client = connect(uri)
     location = artifact_folder.absolute().as_uri() if uri.startswith("sqlite:") else None
     experiment_id = _experiment_id(client, experiment, location)
-    run_id = str(client.create_run(experiment_id, run_name=name).info.run_id)
+    runs = client.search_runs([experiment_id], f"tags.{_KEY_TAG} = '{key}'", max_results=1)
+    if not runs:
+        runs = [client.create_run(experiment_id, run_name=name, tags={_KEY_TAG: key})]
+    run_id = str(runs[0].info.run_id)
     try:
         entries = [Param(key, str(value)[:_MAX_PARAM_CHARS]) for key, value in params.items()]
         client.log_batch(run_id, params=entries)

@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from models.pretraining import create_pretraining_model
 from models.teacher import EMATeacher
+from models.weights import load_weights
 from pipeline.checkpoint import Checkpointer, load_state, step_of
-from pipeline.config import PretrainConfig
+from pipeline.objectives import objective_of
 from pipeline.optim import build_optimizer
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretrain_weights import PretrainWeights
 from pipeline.quarantine import BadSample
+from pipeline.teachers import frozen_teacher
 
 
 class Worker(NamedTuple):
@@ -38,8 +41,8 @@ class TrainState:
 
     model: Any
     """A PretrainingModel, or a downstream model."""
-    teacher: EMATeacher | None
-    """Of pre-training with MFM."""
+    teacher: Any
+    """A `models.teacher.Teacher`: of pre-training that predicts features."""
     optimizer: torch.optim.Optimizer
     ema: Any = None
     """Moving average of the weights (timm's ModelEmaV3) of fine-tuning that asks for one."""
@@ -53,20 +56,26 @@ class TrainState:
     """Bad samples met so far, by where they are."""
 
     @classmethod
-    def build(cls, config: PretrainConfig, device: torch.device) -> TrainState:
-        """Fresh state; weights depend on the seed alone."""
+    def build(
+        cls,
+        config: PretrainConfig,
+        device: torch.device,
+        weights: PretrainWeights = PretrainWeights(),
+    ) -> TrainState:
+        """Fresh state; random weights depend on the seed alone.
+
+        Raises:
+            ValueError: the initial weights or those of the teacher do not fit.
+        """
+        teacher: Any = frozen_teacher(config, weights.teacher, device)
         torch.manual_seed(config.run.seed)
-        objective = config.objective
-        model = create_pretraining_model(
-            config.model.name,
-            img_size=config.data.image_size,
-            norm_pix_loss=objective.norm_pix_loss,
-            mfm_weight=objective.mfm_weight,
-            mfm_loss=objective.mfm_loss,
-        ).to(device)
-        teacher = None
-        if model.mfm is not None:
-            teacher = EMATeacher(model.encoder.backbone, teacher_input=objective.teacher_input)
+        model: Any = objective_of(config).build(teacher).to(device)
+        if weights.init.state is not None:
+            load_weights(model, weights.init.state)
+        if teacher is None and config.has_teacher:
+            teacher = EMATeacher(
+                model.encoder.backbone, teacher_input=config.objective.teacher_input
+            )
         optimizer = build_optimizer(
             model,
             lr=config.lr,
@@ -75,11 +84,16 @@ class TrainState:
         )
         return cls(model, teacher, optimizer)
 
+    @property
+    def average(self) -> EMATeacher | None:
+        """The teacher that follows the student; None for a frozen one, or without any."""
+        return self.teacher if isinstance(self.teacher, EMATeacher) else None
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data only."""
         return {
             "model": self.model.state_dict(),
-            "teacher": self.teacher.state_dict() if self.teacher else {},
+            "teacher": self.average.state_dict() if self.average else {},
             "ema": self.ema.state_dict() if self.ema is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
@@ -92,11 +106,18 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.model.load_state_dict(state["model"])
-        if self.teacher:
-            self.teacher.load_state_dict(state["teacher"])
+        if self.average:
+            self.average.load_state_dict(state["teacher"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        # The settings of the groups are the config's: a run that goes on with others means them.
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)
         self.step = state["step"]
         self.skipped_steps = state["skipped_steps"]
         self.skipped_in_a_row = state["skipped_in_a_row"]

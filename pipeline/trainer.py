@@ -31,6 +31,7 @@ from pipeline.sources import Index
 from pipeline.train_worker import WorkerSession, run_checkpointer, train_worker
 
 logger = logging.getLogger(__name__)
+OnRecord = Callable[[int, dict[str, float]], None]
 _POLL_S = 0.25
 _STOP_GRACE_S = 60.0
 _CLEANER_TIMEOUT_S = 0.5
@@ -84,6 +85,7 @@ def run_training(
     make_plan: Callable[[], RunPlan],
     *,
     stop: threading.Event | None = None,
+    on_record: OnRecord | None = None,
 ) -> dict[str, Any]:
     """Run, or resume, a run; returns its summary.
 
@@ -92,6 +94,7 @@ def run_training(
         make_plan: opens and checks data and weights; called when the run folder is known to be fit.
         stop: of a run beside others in threads of one process: where it is set, the run ends as
             after Ctrl-C. Lines of progress then begin with the name of the run.
+        on_record: called with step and metrics of every logged step, in the calling thread.
 
     Raises:
         ValueError: anything in the config, the data or the run folder a user can fix.
@@ -114,7 +117,7 @@ def run_training(
     status, start = "FAILED", time.time()
     try:
         with cluster(config):
-            outcome = _fit(config, plan, folder, mlflow_run.uri, run_id, stop)
+            outcome = _fit(config, plan, folder, mlflow_run.uri, run_id, stop, on_record)
         if outcome["is_stopped"]:
             raise KeyboardInterrupt
         faults = fault_metrics(logbook.read())
@@ -160,6 +163,7 @@ def _fit(
     uri: str,
     run_id: str,
     stop: threading.Event | None,
+    on_record: OnRecord | None,
 ) -> dict[str, Any]:
     """Fit in a thread, so that this one can show progress and take Ctrl-C."""
     board = create_board()
@@ -210,7 +214,7 @@ def _fit(
     threading.Thread(target=fit, name="fit", daemon=True).start()
     name = None if stop is None else config.run.name
     with ProgressDisplay(config.num_steps(plan.num_samples), name) as display:
-        _follow(is_done, board, display, stop)
+        _follow(is_done, board, display, stop, on_record)
     if "error" in result:
         raise RunFailedError(
             f"run '{config.run.name}' failed: {_root_cause(result['error'])}\nits newest "
@@ -223,14 +227,18 @@ def _fit(
 
 
 def _follow(
-    is_done: threading.Event, board: Any, display: ProgressDisplay, stop: threading.Event | None
+    is_done: threading.Event,
+    board: Any,
+    display: ProgressDisplay,
+    stop: threading.Event | None = None,
+    on_record: OnRecord | None = None,
 ) -> None:
     """Show progress until the run ends; the first Ctrl-C stops it cleanly, a second at once."""
     deadline: float | None = None
     while not is_done.is_set():
         try:
             is_done.wait(_POLL_S)
-            _show_news(board, display)
+            _show_news(board, display, on_record)
             is_late = deadline is not None and time.monotonic() > deadline
             if is_late or (deadline is None and stop is not None and stop.is_set()):
                 raise KeyboardInterrupt
@@ -240,21 +248,23 @@ def _follow(
             deadline = time.monotonic() + _STOP_GRACE_S
             board.request_stop.remote()
             display.say("stopping after the next log step; Ctrl-C again stops at once")
-    _show_news(board, display)
+    _show_news(board, display, on_record)
 
 
-def _show_news(board: Any, display: ProgressDisplay) -> None:
+def _show_news(board: Any, display: ProgressDisplay, on_record: OnRecord | None) -> None:
     remarks, records = ray.get(board.drain.remote())
     for remark in remarks:
         display.say(remark)
     for step, metrics in records:
         display.show(step, metrics)
+        if on_record is not None:
+            on_record(step, metrics)
 
 
 def _worker_resources(config: TrainingConfig) -> dict[str, float]:
     scaling = config.scaling
     resources = {"CPU": scaling.cpus_per_worker}
-    resources |= {"GPU": 1.0} if scaling.use_gpu else {}
+    resources |= {"GPU": scaling.gpus_per_worker} if scaling.use_gpu else {}
     return resources | ({scaling.worker_resource: 1.0} if scaling.worker_resource else {})
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import debug
 
 REPO_ROOT = Path(__file__).resolve().parents[1]

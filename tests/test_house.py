@@ -18,9 +18,11 @@ PIPELINE = REPO_ROOT / "pipeline"
 # All other files are pure: the loops, what a task is, samples, scores, pictures, recipes, ...
 RAY_RING = set(
     """batch_inference cluster data evaluation_data evaluation_run finetuning_run pretraining_run
-    progress train_worker trainer prepare/job""".split()  # noqa: SIM905
+    progress train_worker trainer prepare/job sweeps/trial_run sweeps/tuner""".split()  # noqa: SIM905
 )
-MLFLOW_RING = {"tracking", "mlflow_delivery"}
+MLFLOW_RING = set(
+    "tracking mlflow_delivery served_model sweeps/registry exports/mlflow_folder".split()  # noqa: SIM905
+)
 ALLOWED_IN_MODELS = {"models", "torch", "torchvision", "timm", "safetensors"}
 
 

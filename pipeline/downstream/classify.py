@@ -29,6 +29,7 @@ from pipeline.downstream.classify_samples import ClassifySamples
 from pipeline.downstream.prediction_pictures import classification_picture, confusion_picture
 from pipeline.downstream.samples import Arrays
 from pipeline.downstream.scores import Scores
+from pipeline.encoder_settings import encoder_kwargs
 from pipeline.finetune_config import AugmentConfig, ClassifyConfig
 from pipeline.reading import Sample
 
@@ -53,7 +54,8 @@ class ClassifyTask:
             num_classes=len(self.classes),
             img_size=self.config.data.image_size,
             rel_pos_bias=self.config.model.rel_pos_bias,
-            drop_path_rate=self.config.model.drop_path_rate,
+            decomposed_rel_pos=self.config.model.decomposed_rel_pos,
+            **encoder_kwargs(self.config.model),
         )
 
     def losses(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:

@@ -26,6 +26,7 @@ from pipeline.downstream.detect_samples import mask_runs, unpack_masks
 from pipeline.downstream.prediction_pictures import detection_picture
 from pipeline.downstream.samples import Arrays
 from pipeline.downstream.scores import Scores
+from pipeline.encoder_settings import encoder_kwargs
 from pipeline.finetune_config import DetectConfig
 
 _PICTURE_SAMPLES = 8
@@ -60,7 +61,8 @@ class DetectTask:
             kind=detector.kind,
             pos_embed_size=self.pretrain_size,
             rel_pos_bias=model.rel_pos_bias,
-            drop_path_rate=model.drop_path_rate,
+            decomposed_rel_pos=model.decomposed_rel_pos,
+            encoder_kwargs=encoder_kwargs(model),
             box_loss=detector.box_loss,
             head_dim=detector.head_dim,
             fc_dim=detector.fc_dim,

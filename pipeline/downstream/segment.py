@@ -33,6 +33,7 @@ from pipeline.downstream.prediction_pictures import confusion_picture, segmentat
 from pipeline.downstream.samples import Arrays
 from pipeline.downstream.scores import Scores
 from pipeline.downstream.segment_samples import rescaled
+from pipeline.encoder_settings import encoder_kwargs
 from pipeline.finetune_config import SegmentConfig
 from pipeline.transforms import resize
 
@@ -60,7 +61,8 @@ class SegmentTask:
             pos_embed_size=self.pretrain_size,
             channels=self.config.segmenter.channels,
             rel_pos_bias=self.config.model.rel_pos_bias,
-            drop_path_rate=self.config.model.drop_path_rate,
+            decomposed_rel_pos=self.config.model.decomposed_rel_pos,
+            **encoder_kwargs(self.config.model),
         )
 
     def losses(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.logbook import Logbook
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.pretraining_run import run_pretraining
 from pipeline.run_folder import RunFolder
 from pipeline.trainer import RunFailedError

@@ -13,10 +13,10 @@ from safetensors import safe_open
 
 from models.itpn import create_itpn
 from models.weights import load_weights
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides, config_to_dict
 from pipeline.data import SampleFactory, TrainingBatches, micro_batches, sample_stream
 from pipeline.evaluation_data import EvaluationBatches
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.pretraining_run import run_pretraining
 from pipeline.quarantine import QUARANTINE_FILE, read_quarantine
 from pipeline.reproducibility import stable_id

@@ -19,9 +19,9 @@ import pytest
 import requests
 from mlflow import MlflowClient
 
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.metrics_file import read_records
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.pretraining_run import run_pretraining
 from pipeline.run_folder import RunFolder
 from pipeline.trainer import RunFailedError

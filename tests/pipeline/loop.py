@@ -9,9 +9,10 @@ from typing import Any
 
 from pipeline.between_steps import Hooks
 from pipeline.checkpoint import Checkpointer
-from pipeline.config import PretrainConfig
 from pipeline.data import Batch, SampleFactory, micro_batches, sample_stream
 from pipeline.pretrain import pretrain
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretrain_weights import read_pretrain_weights
 from pipeline.quarantine import BadSample
 from pipeline.sources import build_index
 from pipeline.train_state import Worker
@@ -59,6 +60,7 @@ class LocalRun:
                 num_samples=len(factory.reader),
                 batches_from=lambda step: self._batches(factory, step),
                 evaluation_batch=held_out,
+                weights=read_pretrain_weights(self.config),
                 checkpointer=checkpointer,
                 worker=self.worker,
                 hooks=Hooks(

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.checkpoint import Checkpointer
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.data import Batch
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import debug
 from pipeline.run_folder import RunFolder
 from tests.pipeline.samples import encode, write_files

@@ -13,7 +13,6 @@ from torch import Tensor, multiprocessing
 
 from pipeline import reading, storage
 from pipeline.checkpoint import load_state
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.data import Batch, Draws, SampleFactory
 from pipeline.pretrain import (
@@ -21,6 +20,7 @@ from pipeline.pretrain import (
     forward_backward,
     to_device,
 )
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.quarantine import (
     BadSample,
     TooManyBadSamplesError,

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.cli import get_recipe
-from pipeline.config import PretrainConfig
 from pipeline.config_values import (
     apply_overrides,
     config_diff,
@@ -20,6 +19,7 @@ from pipeline.config_values import (
     config_to_dict,
     flatten_config,
 )
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import PRETRAIN_RECIPES, debug, demo
 
 
@@ -116,6 +116,13 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"optim.base_lr": float("nan")}, "optim.base_lr=nan must be greater than 0"),
     ({"scaling.num_workers": 0}, "scaling.num_workers=0 must be greater than 0"),
     ({"scaling.cpus_per_worker": 0}, "scaling.cpus_per_worker=0 must be greater than 0"),
+    ({"scaling.gpus_per_worker": 0}, "scaling.gpus_per_worker=0 must be 1, or a share of one GPU"),
+    ({"scaling.gpus_per_worker": 2}, "scaling.gpus_per_worker=2 must be 1, or a share of one GPU"),
+    (
+        {"scaling.gpus_per_worker": 0.5, "scaling.num_workers": 2},
+        "scaling.gpus_per_worker=0.5 must be 1, or a share of one GPU with scaling.num_workers=1",
+    ),
+    ({"run.pause_at_step": -1}, "run.pause_at_step=-1"),
     ({"scaling.max_batch_size_per_worker": 0}, "scaling.max_batch_size_per_worker=0 must be great"),
     (
         {"scaling.num_workers": (3, 2)},

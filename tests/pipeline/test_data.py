@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.data import Draws, SampleFactory, SyntheticBatches, micro_batches, sample_stream
 from pipeline.datasets import SYNTHETIC_SAMPLES, DataSets, probe
 from pipeline.masking import block_mask
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import debug
 from pipeline.reproducibility import EVAL_EPOCH, sample_generator
 from pipeline.sampling import SampleStream

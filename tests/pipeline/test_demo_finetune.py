@@ -14,11 +14,12 @@ from rich.console import Console
 
 from pipeline import demo_finetune
 from pipeline.cluster import needed_cpus
-from pipeline.config import PretrainConfig, TrainingConfig
+from pipeline.config import TrainingConfig
 from pipeline.config_values import flatten_config
 from pipeline.demo_finetune import demo_runs, figures_table, run_demo_finetune
 from pipeline.demo_labels import DemoTask
 from pipeline.finetune_config import FinetuneConfig, Task
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import DEMO_DATA, demo
 from pipeline.run_folder import RunFolder
 from pipeline.trainer import RunFailedError

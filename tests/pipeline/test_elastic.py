@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.data import SampleFactory, micro_batches, sample_stream
 from pipeline.pretrain import forward_backward, to_device
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import debug
 from pipeline.sources import build_index
 from pipeline.train_state import TrainState

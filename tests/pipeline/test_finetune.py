@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 
 from models.pretraining import create_pretraining_model
 from pipeline.checkpoint import MODEL_FILE, load_state
-from pipeline.data import made_ahead
+from pipeline.config_values import apply_overrides
+from pipeline.data import made_ahead, sample_stream
 from pipeline.downstream.tasks import create_task
 from pipeline.evaluate import combine, evaluate_task, score_share
 from pipeline.evaluation_data import share_of
@@ -63,6 +65,48 @@ def test_a_run_killed_twice_in_mid_epoch_ends_bit_for_bit_like_an_uninterrupted_
         if key.startswith(("val/", "train/loss")):
             assert summary["metrics"][key] == value, key
     assert last.pictures["predictions"] == whole.pictures["predictions"]
+
+
+def test_a_run_that_pauses_is_evaluated_there_and_ends_as_if_it_had_not(tmp_path: Path) -> None:
+    config = finetune_config("classify", tmp_path / "data")
+    whole = LocalFinetune(config, tmp_path / "whole")
+    whole()
+    paused = apply_overrides(config, {"run.pause_at_step": 2})
+    for _ in range(2):  # where it has paused already, it stays
+        run = LocalFinetune(paused, tmp_path / "paused")
+        summary = run()
+        assert (summary["steps"], summary["is_stopped"]) == (2, True)
+        assert "val/top1" in summary["metrics"]
+    last = LocalFinetune(config, tmp_path / "paused")
+    assert last()["steps"] == NUM_STEPS and last.started_at == 2
+    states = [load_state(run.checkpointer.fetch(NUM_STEPS)) for run in (whole, last)]
+    assert_same_state(*states)
+
+
+def test_a_share_of_the_labels_is_the_same_few_images_in_every_epoch(tmp_path: Path) -> None:
+    changes = {"data__label_fraction": 0.25, "optim__num_epochs": 8.0, "optim__num_steps": None}
+    config = finetune_config("classify", tmp_path / "data", **changes)
+    index = open_data(config)[0]
+    assert (index.num_samples, config.num_used(index.num_samples)) == (12, 3)
+    steps = config.num_steps(config.num_used(index.num_samples))
+    assert steps == 8 * 3 // 4
+    stream = sample_stream(config, index)
+    rows = [row for step in range(steps) for row in stream.step(step, 4)[2].tolist()]
+    assert sorted(Counter(rows).values()) == [8, 8, 8]
+
+
+def test_a_run_that_goes_on_with_other_settings_of_the_optimiser_uses_them(tmp_path: Path) -> None:
+    config = finetune_config("classify", tmp_path / "data")
+    LocalFinetune(apply_overrides(config, {"run.pause_at_step": 4}), tmp_path / "run")()
+    changed = {"optim.weight_decay": 0.3, "optim.layer_decay": 0.5, "optim.betas": (0.8, 0.9)}
+    groups = []
+    for folder in ("run", "from the start"):
+        run = LocalFinetune(apply_overrides(config, changed), tmp_path / folder)
+        run()
+        groups.append(load_state(run.checkpointer.fetch(NUM_STEPS))["optimizer"]["param_groups"])
+    assert groups[0] == groups[1]
+    assert {group["weight_decay"] for group in groups[0]} == {0.0, 0.3}
+    assert {group["betas"] for group in groups[0]} == {(0.8, 0.9)}
 
 
 @pytest.mark.parametrize("task", ["classify", "segment"])

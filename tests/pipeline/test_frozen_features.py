@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from models.itpn import ITPN, create_itpn
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.data import Batch, made_ahead
 from pipeline.downstream.probes import knn_predict
@@ -22,6 +21,7 @@ from pipeline.downstream.task_samples import task_samples
 from pipeline.evaluation_data import share_of
 from pipeline.finetune_config import ClassifyConfig
 from pipeline.frozen_features import LabelledFeatures, OnlineKnn, embed, probe_config
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import debug
 from pipeline.sources import Index, build_index
 from pipeline.train_state import Worker

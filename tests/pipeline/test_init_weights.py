@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.itpn import ITPN, create_itpn
+from models.weight_shapes import create_encoder, infer_shape
 from models.weights import to_official
 from pipeline.checkpoint import Checkpointer
+from pipeline.config import InitConfig
 from pipeline.config_values import apply_overrides, config_to_dict
 from pipeline.downstream.tasks import create_task
-from pipeline.finetune_config import FinetuneConfig, InitConfig, Task
+from pipeline.finetune_config import FinetuneConfig, Task
 from pipeline.finetuning_run import build_model, resolve_init
 from pipeline.init_weights import InitialWeights, read_initial_weights, with_model_name
 from pipeline.recipes import debug
@@ -122,7 +125,7 @@ def test_a_checkpoint_folder_is_taken_as_it_is_and_knows_its_run(tmp_path: Path)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
-def test_a_weights_file_alone_does_not_say_its_variant(
+def test_a_weights_file_alone_shows_its_variant_by_its_shapes(
     run: tuple[Path, ITPN], suffix: str, tmp_path: Path
 ) -> None:
     file = tmp_path / f"weights{suffix}"
@@ -131,10 +134,31 @@ def test_a_weights_file_alone_does_not_say_its_variant(
     weights = read(file)
     assert_holds(weights, run[1])
     assert (weights.model_name, weights.image_size) == ("", None)
-    with pytest.raises(ValueError, match=f"model.name is empty and {file} does not say which"):
-        resolve_init(config("classify", file))
-    resolved, _ = resolve_init(config("classify", file, model__name=VARIANT))
-    assert resolved.model.name == VARIANT
+    for name in ("", VARIANT):
+        resolved, _ = resolve_init(config("classify", file, model__name=name))
+        assert resolved.model == config("classify", file, model__name=VARIANT).model
+
+
+def test_the_neck_of_the_weights_is_built_whatever_the_variant_says(tmp_path: Path) -> None:
+    encoder = create_itpn(VARIANT, fpn_dim=24, fpn_depth=2)
+    save_file(encoder.state_dict(), tmp_path / "wide.safetensors")
+    resolved, weights = resolve_init(config("segment", tmp_path / "wide.safetensors"))
+    model = resolved.model
+    assert (model.name, model.fpn_dim, model.fpn_depth) == (VARIANT, 24, 2)
+    built, report = build_model(create_task(resolved, tiny_tasks.CLASSES), weights)
+    assert report is not None and not [key for key in report.new if "pyramid" in key]
+    assert torch.equal(
+        built.encoder.pyramid.align_dim_8to4.weight, encoder.pyramid.align_dim_8to4.weight
+    )
+
+
+def test_weights_of_no_named_variant_need_a_name(tmp_path: Path) -> None:
+    encoder = create_encoder(
+        dataclasses.replace(infer_shape(create_itpn(VARIANT).state_dict()), embed_dim=48)
+    )
+    save_file(encoder.state_dict(), tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match=r"model.name is empty and .* does not say which variant"):
+        resolve_init(config("classify", tmp_path / "odd.safetensors"))
 
 
 def test_a_config_takes_the_variant_of_the_run_and_refuses_another(run: tuple[Path, ITPN]) -> None:

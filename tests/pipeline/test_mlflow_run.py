@@ -9,9 +9,9 @@ from mlflow import MlflowClient
 
 from pipeline import tracking
 from pipeline.checkpoint import ENCODER_FILE
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.mlflow_run import MlflowRun
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.run_folder import RunFolder
 from tests.pipeline.mlflow_stores import dead_uri, steps_of, write_metrics
 

@@ -11,10 +11,10 @@ import torch
 from torch import multiprocessing
 
 from pipeline.checkpoint import load_state
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.data import Batch
 from pipeline.nonfinite import NonFiniteLossError
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.replay import replay
 from tests.pipeline.loop import LocalRun
 from tests.pipeline.overflows import (

@@ -13,10 +13,12 @@ from torch import nn
 
 from models.classifier import create_classifier
 from models.detector import ITPNDetector, create_detector
+from models.feature_distillation import create_feature_distillation_model
 from models.itpn import create_itpn
-from models.pretraining import PretrainingModel, create_pretraining_model
+from models.key_layouts import official_key
+from models.pretraining import create_pretraining_model
 from models.segmenter import create_segmenter
-from models.weights import OFFICIAL_PREFIXES
+from models.variants import get_variant
 from pipeline.optim import (
     TASKS,
     ParamSetting,
@@ -30,10 +32,9 @@ from pipeline.optim import (
 from tests.pipeline.samples import debug_networks
 
 EXTRAS = Path(__file__).parents[1] / "golden" / "extras"
-GOLDEN_FILE = EXTRAS / "param_groups_pixel_pretrain_base.json"
 
 
-def decay_by_name(model: PretrainingModel, weight_decay: float) -> dict[str, float]:
+def decay_by_name(model: nn.Module, weight_decay: float) -> dict[str, float]:
     """Weight decay of every parameter in a group; fails for one in two groups."""
     names = {id(p): name for name, p in model.named_parameters()}
     pairs = [
@@ -46,15 +47,22 @@ def decay_by_name(model: PretrainingModel, weight_decay: float) -> dict[str, flo
 
 
 def official_name(name: str) -> str:
-    official, canonical = next(p for p in OFFICIAL_PREFIXES if name.startswith(p[1]))
-    return official + name.removeprefix(canonical)
+    layout = "clip" if name.startswith("clip.") else "pixel"
+    official = official_key(name, layout)
+    assert official is not None, f"{name} has no official name"
+    return official
 
 
-def test_param_groups_of_the_base_model_are_the_official_ones() -> None:
-    golden = json.loads(GOLDEN_FILE.read_text())
+@pytest.mark.parametrize("objective", ["pixel", "clip"])
+def test_param_groups_of_the_base_model_are_the_official_ones(objective: str) -> None:
+    golden = json.loads((EXTRAS / f"param_groups_{objective}_pretrain_base.json").read_text())
     decays = [weight_decay for _, weight_decay in golden["groups"]]
+    model: nn.Module
     with torch.device("meta"):
-        model = create_pretraining_model("itpn_base_patch16_224", mfm_weight=0)
+        if objective == "pixel":
+            model = create_pretraining_model("itpn_base_patch16_224", mfm_weight=0)
+        else:
+            model = create_feature_distillation_model("itpn_base_clip_patch16_224", teacher_dim=512)
     ours = {official_name(name): d for name, d in decay_by_name(model, 0.05).items()}
     assert ours == {name: decays[group] for name, group in golden["param_to_group"].items()}
 
@@ -82,7 +90,7 @@ def test_optimizer_gets_betas_and_lr_and_set_lr_reaches_every_group() -> None:
 # ---- layer-wise learning rates ----
 
 BASE, LARGE = "itpn_base_patch16_224", "itpn_large_patch16_224"
-TABLE = "relative_position_bias_table"
+TABLES = ("relative_position_bias_table", "rel_pos_h", "rel_pos_w")
 
 
 class Case(NamedTuple):
@@ -100,24 +108,38 @@ CASES = [
     Case("pixel_finetune_base", "classification", BASE, 0.6),
     Case("pixel_finetune_large", "classification", LARGE, 0.55),
     Case("clip_finetune_base", "classification", BASE, 0.6, is_clip=True),
+    Case("clip_finetune_large", "classification", LARGE, 0.55, is_clip=True),
+    Case("fast_tiny", "classification", "fast_itpn_tiny_patch16_224", 0.8),
+    Case("fast_small", "classification", "fast_itpn_small_patch16_224", 0.9),
+    Case("fast_base", "classification", "fast_itpn_base_patch16_224", 0.9),
+    Case("fast_large", "classification", "fast_itpn_large_patch16_256", 0.95),
     Case("det_pixel_base_1x", "detection", BASE, 0.9),
+    Case("det_clip_large_1x", "detection", LARGE, 0.95, is_clip=True),
     Case("seg_pixel_base", "segmentation", BASE, 0.9),
     Case("seg_pixel_large", "segmentation", LARGE, 0.95),
     # the official config states 44 layers for a model of 30
     Case("seg_clip_base", "segmentation", BASE, 0.9, is_clip=True, num_layers=44),
 ]
+CLASSIFIERS = [case for case in CASES if case.task == "classification"]
+DETECTORS = [case for case in CASES if case.task == "detection"]
+SEGMENTERS = [case for case in CASES if case.task == "segmentation"]
 
 
 @cache
 def build(case: Case) -> nn.Module:
     """The full-size model on the meta device, with narrow heads."""
-    scale = 0.1 if case.is_clip else None
+    is_fast = get_variant(case.variant).fast
+    scale = 0.1 if case.is_clip or is_fast else None
     with torch.device("meta"):
         if case.task == "classification":
-            return create_classifier(case.variant, num_classes=1000, init_values=scale)
+            return create_classifier(
+                case.variant, num_classes=1000, rel_pos_bias=not is_fast, init_values=scale
+            )
         if case.task == "segmentation":
             return create_segmenter(case.variant, num_classes=5, channels=8, init_values=scale)
-        encoder = create_itpn(case.variant, fpn_depth=1)  # as the official detectors
+        encoder = create_itpn(  # as the official detectors
+            case.variant, fpn_depth=1, init_values=scale, decomposed_rel_pos=case.is_clip
+        )
         return ITPNDetector(encoder, 5, head_dim=8, fc_dim=8)
 
 
@@ -156,6 +178,8 @@ def assert_settings_equal(
     ours: dict[str, ParamSetting], official: dict[str, tuple[float, float]]
 ) -> None:
     named = {trunk_official_name(name): setting for name, setting in ours.items()}
+    if "pos_embed" in official:  # Fast-iTPN's name of the table
+        named["pos_embed"] = named.pop("absolute_pos_embed")
     heads = {setting for name, setting in ours.items() if trunk_official_name(name) is None}
     # the official file has one stand-in for the heads of the detector and of the segmenter
     stand_in = {s for name, s in official.items() if name.startswith("rpn_head.")}
@@ -171,12 +195,12 @@ def test_layer_decay_with_quirks_is_the_official_one(case: Case) -> None:
     assert_settings_equal(settings_of(build(case), case, quirks=True), golden_settings(case))
 
 
-@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.file)
+@pytest.mark.parametrize("case", CLASSIFIERS, ids=lambda case: case.file)
 def test_layer_decay_of_classification_needs_no_quirks(case: Case) -> None:
     assert_settings_equal(settings_of(build(case), case, quirks=False), golden_settings(case))
 
 
-@pytest.mark.parametrize("case", CASES[3:], ids=lambda case: case.file)
+@pytest.mark.parametrize("case", DETECTORS + SEGMENTERS, ids=lambda case: case.file)
 def test_corrected_layer_decay_differs_from_the_official_one_in_the_listed_points_only(
     case: Case,
 ) -> None:
@@ -201,7 +225,7 @@ def test_corrected_layer_decay_differs_from_the_official_one_in_the_listed_point
             wanted_scale = rate ** (num_blocks + 1 - layer)
         elif key.startswith(("absolute_pos_embed", "patch_embed")):
             wanted_scale = rate ** (num_blocks + 1)
-        if key == "absolute_pos_embed" or key.endswith(TABLE):
+        if key == "absolute_pos_embed" or key.endswith(TABLES):
             wanted_decay = 0.0
         assert (scale, decay) == (pytest.approx(wanted_scale, rel=1e-9), wanted_decay), name
 
@@ -211,7 +235,7 @@ def _is_1d(model: nn.Module, name: str) -> bool:
 
 
 def test_no_corrected_factor_exceeds_one_where_the_official_ones_do() -> None:
-    for case in CASES[3:6]:
+    for case in DETECTORS + SEGMENTERS[:2]:
         model = build(case)
         official = max(s.lr_scale for s in settings_of(model, case, quirks=True).values())
         corrected = settings_of(model, case, quirks=False)
@@ -223,7 +247,7 @@ def test_no_corrected_factor_exceeds_one_where_the_official_ones_do() -> None:
 
 def test_factors_of_the_base_detector_by_hand() -> None:
     """0.9 from layer to layer: 30 blocks below the neck and heads, the stem below them."""
-    settings = settings_of(build(CASES[3]), CASES[3], quirks=False)
+    settings = settings_of(build(DETECTORS[0]), DETECTORS[0], quirks=False)
     trunk = "backbone.encoder.backbone"
     expected = {
         f"{trunk}.pos_embed": (0.9**31, 0.0),

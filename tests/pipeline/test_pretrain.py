@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from pipeline.checkpoint import load_state
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.data import Batch
 from pipeline.pretrain import NonFiniteLossError, TrainState
+from pipeline.pretrain_config import PretrainConfig
 from tests.pipeline.loop import LocalRun
 
 

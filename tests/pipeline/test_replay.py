@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import ENCODER_FILE, STATE_FILE, load_state
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.nonfinite import NonFiniteLossError
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.replay import ReplayedStep, replay, replay_report
 from tests.pipeline.loop import LocalRun
 from tests.pipeline.overflows import BATCH, overflowing_config, write_dump, write_images

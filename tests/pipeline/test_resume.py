@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint import load_state
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.data import Batch
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import debug
 from tests.pipeline.loop import LocalRun
 from tests.pipeline.test_pretrain import assert_same_state

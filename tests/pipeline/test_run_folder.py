@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides, config_from_dict
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.run_folder import RunFolder
 
 
@@ -63,6 +63,18 @@ def test_changed_config_is_refused_with_a_readable_difference(started: RunFolder
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         changed.check()
+
+
+def test_a_run_that_began_before_there_was_a_setting_goes_on_with_its_default(
+    started: RunFolder,
+) -> None:
+    path = started.path / "config.json"
+    values = json.loads(path.read_text())
+    del values["data"]["flip_prob"], values["optim"]["clip_grad_norm"]
+    path.write_text(json.dumps(values))
+    reopen(started.config).check()
+    with pytest.raises(ValueError, match=r"data\.flip_prob: 0\.5 -> 0\.1"):
+        reopen(started.config, data__flip_prob=0.1).check()
 
 
 def test_changed_config_passes_when_allowed(started: RunFolder) -> None:

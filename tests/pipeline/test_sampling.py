@@ -260,3 +260,34 @@ def test_a_worker_of_many_reads_few_row_groups_a_step() -> None:
 def test_the_order_shares_no_numbers_with_crops_and_masks() -> None:
     streams = [sample_generator(0, 0, 0, name).integers(0, 2**63, 8) for name in ("order", "crop")]
     assert not set(streams[0].tolist()) & set(streams[1].tolist())
+
+
+# ---- a share of the samples ----
+
+
+@property_test
+@given(data=st.data(), seed=SEEDS, sizes=SIZES, window=WINDOWS)
+def test_a_share_is_the_same_samples_in_every_epoch_and_a_smaller_one_is_of_them(
+    data: st.DataObject, seed: int, sizes: Sizes, window: int
+) -> None:
+    few = data.draw(st.integers(1, number(sizes)))
+    fewer = data.draw(st.integers(1, few))
+    streams = [SampleStream(seed, sizes, window, count) for count in (few, fewer)]
+    used = [[set(epoch_rows(stream, epoch).tolist()) for epoch in (0, 3)] for stream in streams]
+    assert used[0][0] == used[0][1] and len(used[0][0]) == few
+    assert used[1][0] == used[1][1] and len(used[1][0]) == fewer
+    assert used[1][0] <= used[0][0] <= set(range(number(sizes)))
+
+
+def test_all_of_the_samples_are_the_stream_as_it_is_without_a_share() -> None:
+    for sizes in (50, np.array([20, 30])):
+        whole, all_used = SampleStream(1, sizes, 7), SampleStream(1, sizes, 7, 50)
+        assert (epoch_rows(whole, 2) == epoch_rows(all_used, 2)).all()
+
+
+def test_seeds_share_out_different_samples_and_batches_of_groups_come_sorted() -> None:
+    sizes = np.full(40, 25)
+    drawn = [set(epoch_rows(SampleStream(s, sizes, 100, 100), 0).tolist()) for s in (0, 1)]
+    assert len(drawn[0] & drawn[1]) < 30
+    _, _, rows = SampleStream(0, sizes, 100, 100).step(0, 64)
+    assert (np.diff(rows) > 0).all()

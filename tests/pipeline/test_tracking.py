@@ -42,13 +42,14 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "_CLOSE_PAUSES_S", (0.05,))
 
 
-def open_run(uri: str, tmp_path: Path, run_id: str | None = None) -> str:
+def open_run(uri: str, tmp_path: Path, run_id: str | None = None, key: str | None = None) -> str:
     return tracking.open_run(
         uri,
         experiment="tests",
         artifact_folder=tmp_path / "artifacts",
         name="run",
         run_id=run_id,
+        key=key or tracking.new_key(),
         params={"optim.lr": 1e-3, "long": "x" * 10_000},
         tags={"git_commit": "abc"},
     )
@@ -274,6 +275,7 @@ def test_a_run_that_cannot_be_described_is_not_left_behind(uri: str, tmp_path: P
             artifact_folder=tmp_path,
             name="run",
             run_id=None,
+            key=tracking.new_key(),
             params={"no?key": 1},
             tags={},
         )
@@ -370,3 +372,20 @@ def test_a_picture_without_room_leaves_nothing_behind(uri: str, tmp_path: Path):
     assert not list(pictures.iterdir())
     assert ours.log_picture(8, "reconstructions", b"png bytes").read_bytes() == b"png bytes"
     ours.close()
+
+
+def test_a_run_that_was_created_just_before_a_kill_is_taken_and_not_doubled(
+    uri: str, tmp_path: Path
+):
+    key = tracking.new_key()
+    ids = {open_run(uri, tmp_path, key=key) for _ in range(2)}
+    other = open_run(uri, tmp_path)
+    assert len(ids) == 1 and other not in ids
+    client = MlflowClient(uri)
+    (run_id,) = ids
+    assert client.get_run(run_id).data.params["optim.lr"] == "0.001"
+    experiment = client.get_experiment_by_name("tests")
+    assert {r.info.run_id for r in client.search_runs([experiment.experiment_id])} == {
+        run_id,
+        other,
+    }

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides, config_to_dict
 from pipeline.mlflow_run import MlflowRun
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.pretraining_run import PretrainSession
 from pipeline.quarantine import BadSample, read_quarantine
 from pipeline.run_folder import RunFolder

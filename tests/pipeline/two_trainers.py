@@ -8,9 +8,9 @@ from unittest import mock
 
 import torch
 
-from pipeline.config import PretrainConfig
 from pipeline.config_values import apply_overrides
 from pipeline.nonfinite import NonFiniteLossError
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.train_state import TrainState, Worker
 from tests.pipeline.loop import LocalRun
 

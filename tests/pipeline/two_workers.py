@@ -9,7 +9,6 @@ import torch
 
 from pipeline.between_steps import loss_metrics
 from pipeline.config_values import apply_overrides
-from pipeline.pretrain import loss_names
 from pipeline.quarantine import BadSample
 from pipeline.recipes import debug
 from pipeline.train_state import TrainState, Worker, share_quarantine
@@ -28,7 +27,7 @@ def merge_quarantines(rank: int, init_file: str, out: str) -> None:
         grew = [share_quarantine(state, own if turn == 0 else [], worker) for turn in range(2)]
         # Worker 0: losses 3, 1 bad of 4. Worker 1: losses 1, none bad.
         losses = torch.full((5,), 3.0 if rank == 0 else 1.0)
-        metrics = loss_metrics(losses, loss_names(has_mfm=False), 1 - rank, 8)
+        metrics = loss_metrics(losses, ("loss", "loss_mim"), 1 - rank, 8)
         result = {"paths": list(state.quarantine), "grew": grew, "loss": metrics["train/loss"]}
         Path(f"{out}/{rank}.json").write_text(json.dumps(result))
     finally:
