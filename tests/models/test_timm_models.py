@@ -339,7 +339,7 @@ def test_the_code_of_the_documentation_runs_and_gives_the_shapes_it_says(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
     text = (REPO_ROOT / "docs" / "models.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    code, of_tokens = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     save_file(create_itpn("itpn_tiny_patch16_224").state_dict(), tmp_path / "encoder.safetensors")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
@@ -351,3 +351,7 @@ def test_the_code_of_the_documentation_runs_and_gives_the_shapes_it_says(
             assert ", ".join(map(str, shapes)) == found[2], line
             namespace[found[1]] = "checked"
     assert list(namespace.values()).count("checked") == 4
+    exec(of_tokens, namespace)
+    assert [x.shape for x in namespace["stages"]] == [
+        x.shape for x in create_itpn("fast_itpn_tiny_patch16_224")(torch.randn(2, 3, 224, 224))[0]
+    ]
