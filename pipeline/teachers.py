@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,8 +89,8 @@ def _read_timm(objective: ObjectiveConfig) -> TeacherWeights:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise ValueError(f"{source} does not fit {name}: {'; '.join(lines[1:4])}") from error
+        lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).split("\n")]
+        raise ValueError(f"{source} does not fit {name}: {' '.join(lines[1:4])}") from error
     return TeacherWeights(state, source, name)
 
 

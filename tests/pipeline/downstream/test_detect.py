@@ -38,7 +38,7 @@ def learnt() -> Learnt:
     torch.set_num_threads(1)
     task = tiny.task("detect", {"detector.max_size": 64})
     samples = [*tiny.samples("detect", 3), tiny.sample("detect", 2, ODD_BOX, ODD_SIZE)]
-    model, scores = tiny.overfit(task, tiny.batch(samples), num_steps=60, lr=3e-3)
+    model, scores = tiny.overfit(task, tiny.batch(samples), num_steps=120, lr=3e-3)
     return Learnt(task, model, samples, scores)
 
 
