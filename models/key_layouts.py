@@ -36,6 +36,7 @@ DETECTOR_ENCODER = "backbone.encoder."
 _OWN_PREFIXES = ("encoder.", "decoder.", "mim.", "mfm.", "clip.", "backbone.", "pyramid.")
 _OWN_HEADS = HEADS[3:]  # the others have the same names in official files
 _MM_BACKBONE = "backbone."
+_GATHERING_TOKENS = "gathering_tokens"
 
 _TRUNK: Prefixes = (
     ("absolute_pos_embed", f"{BACKBONE}pos_embed"),
@@ -121,6 +122,8 @@ def _canonical_key(key: str, layout: Layout) -> str | None:
         return name if name.startswith(PARTS) else None
     if layout == "mm" and not key.startswith(_MM_BACKBONE):
         return f"mm.{key}"
+    if key == _GATHERING_TOKENS:  # of a bare trunk of ours: its other keys are the official ones
+        return BACKBONE + key
     official = key.removeprefix(_MM_BACKBONE) if layout == "mm" else key
     return translate(official, OFFICIAL_PREFIXES[layout])
 
