@@ -56,6 +56,15 @@ class MlflowRun:
             )
         logger.info("run '%s' is finished, and now MLflow at %s has all of it", name, self.uri)
 
+    def settle(self) -> None:
+        """End the MLflow run of a run that nobody will go on with, if a kill has left it open, and
+        deliver what it lacks; warns where that is not possible."""
+        state = self.folder.state
+        if not state.get("mlflow_run_id") or not state.get("mlflow_pending", False):
+            return
+        status = "FINISHED" if self.folder.is_finished else state["status"]
+        self.close(state["mlflow_run_id"], "KILLED" if status == "RUNNING" else status)
+
     def open(self, *, num_samples: int) -> str:
         """Open the folder and the MLflow run; returns the id of the latter.
 

@@ -7,6 +7,7 @@ pictures. The same command goes on with a sweep that was cut off, or reports a w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -22,8 +23,9 @@ from pipeline.downstream.tasks import create_task
 from pipeline.dry_run import finetune_dry_run
 from pipeline.finetune_config import FinetuneConfig
 from pipeline.finetuning_run import open_data, resolve_init
+from pipeline.mlflow_run import MlflowRun
 from pipeline.report import print_table
-from pipeline.run_folder import write_json
+from pipeline.run_folder import RunFolder, write_json
 from pipeline.sweeps.config import SweepConfig
 from pipeline.sweeps.parent_run import ParentRun
 from pipeline.sweeps.plan import SweepPlan
@@ -81,6 +83,7 @@ def run_sweep(
         state = create_state(plan)
         with joined_cluster(_private_cpus(plan.base)):
             run_trials(state)
+        settle_trials(state)
         rows = read_rows(state)
         tables = write_tables(plan.folder, rows)
         links = parent.links([row.mlflow_run_id for row in rows])
@@ -139,6 +142,16 @@ def sweep_dry_run(base: FinetuneConfig, sweep: SweepConfig, axes: tuple[Axis, ..
     if generator.num_trials > len(trials[:_MOST_SHOWN]):
         lines.append("  ...")
     return "\n".join(lines)
+
+
+def settle_trials(state: SweepState) -> None:
+    """Close the MLflow runs of trials that were over before a kill let their runs end."""
+    for trial in state.book.trials:
+        if trial.number not in state.book.endings:
+            continue
+        with contextlib.suppress(ValueError):  # values that do not go together: it never ran
+            config = state.config_of(trial)
+            MlflowRun(config, RunFolder(config)).settle()
 
 
 def read_rows(state: SweepState) -> list[TrialRow]:

@@ -58,3 +58,25 @@ def test_a_finished_run_remembers_what_mlflow_lacks_until_it_is_delivered(
     assert run.info.end_time == int(folder.state["ended_at"] * 1000)
     assert steps_of(there.uri, run_id) == [1, 2, 3, 4, 5]
     away.deliver_late()  # nothing is left to do
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_run_given_up_by_a_killed_driver_is_settled_once(
+    debug_config: PretrainConfig, tmp_path: Path, is_finished: bool
+):
+    folder = RunFolder(debug_config)
+    run = MlflowRun(debug_config, folder)
+    run.settle()  # it has not begun
+    run_id = run.open(num_samples=24)
+    write_metrics(folder.path, range(1, 4))
+    if is_finished:
+        (tmp_path / ENCODER_FILE).write_bytes(b"weights")
+        folder.finish({"steps": 3}, tmp_path)
+    run.settle()
+    expected = "FINISHED" if is_finished else "KILLED"
+    there = MlflowClient(run.uri).get_run(run_id)
+    assert there.info.status == folder.state["status"] == expected
+    assert steps_of(run.uri, run_id) == [1, 2, 3]
+    ended_at = folder.state["ended_at"]
+    run.settle()
+    assert folder.state["ended_at"] == ended_at
