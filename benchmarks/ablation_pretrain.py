@@ -27,14 +27,20 @@ import torch
 
 from pipeline.between_steps import Hooks
 from pipeline.checkpoint import Checkpointer
-from pipeline.config import OptimConfig, RunConfig, ScalingConfig
+from pipeline.config import OptimConfig, RunConfig
 from pipeline.config_values import apply_overrides, config_hash
 from pipeline.data import Batch, SampleFactory, micro_batches, sample_stream
 from pipeline.decoding import decode_image
 from pipeline.metrics_file import MetricsFile
 from pipeline.objectives import objective_of
 from pipeline.pretrain import pretrain
-from pipeline.pretrain_config import DataConfig, ModelConfig, ObjectiveConfig, PretrainConfig
+from pipeline.pretrain_config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    PretrainScalingConfig,
+)
 from pipeline.pretrain_weights import read_pretrain_weights
 from pipeline.reading import Sample, SampleReader
 from pipeline.run_folder import RunFolder
@@ -116,7 +122,7 @@ def build_config(args: argparse.Namespace) -> PretrainConfig:
         model=ModelConfig(name=args.model),
         objective=ObjectiveConfig(mask_ratio=0.6, norm_pix_loss=False, teacher_momentum=0.99),
         optim=OptimConfig(lr=2e-3, num_steps=args.num_steps, warmup_ratio=0.05, clip_grad_norm=1.0),
-        scaling=ScalingConfig(max_batch_size_per_worker=args.batch_size),
+        scaling=PretrainScalingConfig(max_batch_size_per_worker=args.batch_size),
     )
     return apply_overrides(config, dict(map(parse_override, args.set)))
 

@@ -19,6 +19,7 @@ from pipeline.checkpoint import Checkpointer
 from pipeline.config import TrainingConfig
 from pipeline.metrics import Meter, peak_memory_gib
 from pipeline.quarantine import BadSample, check_bad_fraction
+from pipeline.sharding import Whole, gathered_on_rank_zero, is_sharded
 from pipeline.train_state import TrainState, Worker, max_over_workers, share_quarantine
 
 
@@ -63,6 +64,7 @@ class BetweenSteps:
         evaluate: metrics of a state, over all workers; all of them call it.
         draw: pictures of a state by kind; worker 0 calls it.
         export: the tensors of `Checkpointer.save` besides the state.
+        whole: what `evaluate` and `draw` get of a state; all workers call it.
     """
 
     config: TrainingConfig
@@ -74,6 +76,7 @@ class BetweenSteps:
     evaluate: Callable[[TrainState], dict[str, float]]
     draw: Callable[[TrainState], dict[str, bytes]]
     export: Callable[[TrainState], dict[str, Tensor]]
+    whole: Whole = lambda state: state
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.config.data.global_batch_size)
@@ -110,7 +113,7 @@ class BetweenSteps:
         record = self._record(state, step) if is_logging else {}
         with self.meter.paused():
             if is_evaluating:
-                record |= self.evaluate(state)
+                record |= self.evaluate(self.whole(state))
             if record:
                 self.latest |= record
                 wants_stop = is_rank_zero and hooks.on_metrics(state.step, record)
@@ -124,9 +127,8 @@ class BetweenSteps:
                     self.config.data.max_bad_fraction,
                     "data.max_bad_fraction",
                 )
-            if is_rank_zero and (is_final or state.step % run.picture_every_steps == 0):
-                for kind, png in self.draw(state).items():
-                    hooks.on_picture(state.step, kind, png)
+            if is_final or state.step % run.picture_every_steps == 0:
+                self._draw(state)
             if is_saving:
                 self._save(state)
         return is_stopping or is_pausing
@@ -141,18 +143,27 @@ class BetweenSteps:
         record["data/bad_samples"] = float(len(state.quarantine))
         return record | self.meter.metrics() | peak_memory_gib(self.worker.device)
 
+    def _draw(self, state: TrainState) -> None:
+        whole = self.whole(state)
+        if self.worker.is_rank_zero:
+            for kind, png in self.draw(whole).items():
+                self.hooks.on_picture(state.step, kind, png)
+
     def _save(self, state: TrainState) -> None:
+        if self.worker.is_rank_zero or is_sharded(state.model):
+            parts = state.state_dict(), self.export(state)
+            values, weights = gathered_on_rank_zero(parts)
         if self.worker.is_rank_zero:
             samples_seen = state.step * self.config.data.global_batch_size
             cursor = {"samples_seen": samples_seen, "epoch": samples_seen // self.num_samples}
-            self.checkpointer.save(state.step, state.state_dict() | cursor, self.export(state))
+            self.checkpointer.save(state.step, values | cursor, weights)
         self.hooks.on_checkpoint(state.step, self.latest)
 
     def summary(self, state: TrainState, *, is_stopped: bool) -> dict[str, Any]:
         """What a loop returns, once the last checkpoint is written or has failed."""
         self.checkpointer.wait()
         if not self.latest:  # killed after the last checkpoint: nothing left to train
-            self.latest |= self.evaluate(state)
+            self.latest |= self.evaluate(self.whole(state))
         return {
             "steps": state.step,
             "is_stopped": is_stopped,

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.sharding import gathered
 from pipeline.train_state import TrainState, Worker, gather_from_workers
 
 
@@ -78,7 +79,7 @@ class NonFiniteGuard:
         """
         steps = [step for part in gather_from_workers(self._streak, self._worker) for step in part]
         first = min(step["step"] for step in steps)
-        whole = state.state_dict()
+        whole = gathered(state.state_dict())
         return {**whole, "step": first, "skipped_in_a_row": 0, "streak": steps}
 
 

@@ -13,22 +13,39 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.sharding import is_sharded
 from pipeline.train_state import Worker
 
 
-def parallel(model: nn.Module, worker: Worker) -> nn.Module:
-    """The model, wrapped when there are other workers."""
-    if worker.world_size == 1:
+def parallel(model: nn.Module, worker: Worker, *, static_graph: bool = False) -> nn.Module:
+    """The model, wrapped when there are other workers.
+
+    Args:
+        model: the student; one that is sharded stays as it is.
+        worker: this process.
+        static_graph: every step uses the same parameters, and no step accumulates (torch crashes
+            where the first backward of a static graph is under no_sync).
+    """
+    if worker.world_size == 1 or is_sharded(model):
         return model
     device_ids = [worker.device] if worker.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    return DistributedDataParallel(
+        model,
+        device_ids=device_ids,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=static_graph,
+    )
 
 
 def no_sync_unless(is_last: bool, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Gradients are reduced at the last micro-batch of a step only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
     if is_last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.between_steps import BetweenSteps, Hooks, Step
 from pipeline.checkpoint import Checkpointer
+from pipeline.compilation import compile_training
 from pipeline.draws import seed_draws
 from pipeline.nonfinite import NonFiniteGuard, NonFiniteLossError, non_finite_message
 from pipeline.objectives import objective_of
@@ -26,6 +27,7 @@ from pipeline.pretrain_config import PretrainConfig
 from pipeline.pretrain_weights import PretrainWeights
 from pipeline.quarantine import bad_samples
 from pipeline.schedules import teacher_momentum, warmup_cosine
+from pipeline.sharding import Whole, gathered, shard
 from pipeline.teachers import EMA
 from pipeline.train_state import TrainState, Worker
 
@@ -74,6 +76,12 @@ def pretrain(
     state = TrainState.build(config, worker.device, weights)
     names = objective_of(config).loss_names
     state.restore(checkpointer, worker)
+    scaling = config.scaling
+    state.model.encoder.backbone.set_grad_checkpointing(scaling.grad_checkpointing)
+    if scaling.compile:
+        compile_training(state.model, state.average)
+    is_split = scaling.sharding == "full" and worker.world_size > 1
+    whole: Whole = shard(state) if is_split else lambda state: state
     hooks.on_start(state.step)
     between = BetweenSteps(
         config,
@@ -87,8 +95,10 @@ def pretrain(
         ),
         draw=lambda state: {PICTURES: draw_picture(state, evaluation_batch, config)},
         export=lambda state: state.model.encoder.state_dict(),
+        whole=whole,
     )
-    model = parallel(state.model, worker)
+    is_accumulating = config.num_micro_batches > worker.world_size
+    model = parallel(state.model, worker, static_graph=not is_accumulating)
     batches = iter(batches_from(state.step))
     micros = config.micro_batches_of(worker.rank, worker.world_size)
     guard = NonFiniteGuard(worker)
@@ -116,7 +126,7 @@ def pretrain(
                 )
 
         clip = config.optim.clip_grad_norm or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip)
+        grad_norm = gathered(nn.utils.clip_grad_norm_(state.model.parameters(), clip))
         is_skipped = not guard.admits(state, losses, grad_norm)
         if not is_skipped:
             state.optimizer.step()

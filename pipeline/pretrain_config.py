@@ -14,6 +14,7 @@ from pipeline.config import (
     EncoderConfig,
     InitConfig,
     SampleConfig,
+    ScalingConfig,
     TrainingConfig,
     require_choice,
     require_not_negative,
@@ -133,10 +134,34 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainScalingConfig(ScalingConfig):
+    """Training workers, and what makes a large model fast or small."""
+
+    compile: bool = False
+    """Compile student and moving average (torch.compile): faster steps after a longer start."""
+    grad_checkpointing: bool = False
+    """Compute the trunk's activations once more in the backward pass: less memory, slower steps."""
+    sharding: Literal["none", "full"] = "none"
+    """What each of several workers holds: all weights, gradients and moments of the optimiser
+    (DDP), or a share of them (FSDP2), for models that do not fit otherwise."""
+
+    def __post_init__(self) -> None:
+        ScalingConfig.__post_init__(self)  # not super(): slots make a new class of this one
+        require_choice("scaling.sharding", self.sharding, ("none", "full"))
+        if self.sharding == "full" and self.min_workers < self.max_workers:
+            raise ValueError(
+                f"scaling.sharding='full' needs a fixed number of workers, not "
+                f"scaling.num_workers={self.num_workers}: at other sizes some would have more "
+                "micro-batches than others and wait for ever; give one number"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig(TrainingConfig):
     """A complete pre-training run."""
 
     data: DataConfig
+    scaling: PretrainScalingConfig = field(default_factory=PretrainScalingConfig)
     init: InitConfig = field(default_factory=lambda: InitConfig(path=SCRATCH))
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

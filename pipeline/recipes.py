@@ -10,9 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.config import OptimConfig, RunConfig, ScalingConfig, TrackingConfig
+from pipeline.config import OptimConfig, RunConfig, TrackingConfig
 from pipeline.config_values import apply_overrides
-from pipeline.pretrain_config import DataConfig, ModelConfig, ObjectiveConfig, PretrainConfig
+from pipeline.pretrain_config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    PretrainScalingConfig,
+)
 
 DEMO_DATA = "runs/demo-data"
 
@@ -37,7 +43,7 @@ def debug() -> PretrainConfig:
         model=ModelConfig(name="itpn_debug"),
         objective=ObjectiveConfig(norm_pix_loss=False, teacher_momentum=0.99),
         optim=OptimConfig(lr=2e-3, num_steps=20, warmup_ratio=0.1),
-        scaling=ScalingConfig(max_batch_size_per_worker=16),
+        scaling=PretrainScalingConfig(max_batch_size_per_worker=16),
         tracking=TrackingConfig(system_metrics=False),
     )
 
@@ -64,7 +70,7 @@ def demo() -> PretrainConfig:
         objective=ObjectiveConfig(norm_pix_loss=False, teacher_momentum=0.99),
         # At 2e-3 the pixels come out better and the features transfer worse (docs/experiments.md).
         optim=OptimConfig(lr=5e-4, num_steps=500, warmup_ratio=0.05, clip_grad_norm=1.0),
-        scaling=ScalingConfig(num_workers=2),
+        scaling=PretrainScalingConfig(num_workers=2),
     )
 
 
@@ -75,7 +81,7 @@ def pixel_base_in1k() -> PretrainConfig:
         data=DataConfig(path="data/imagenet/train", num_cpus=512),
         model=ModelConfig(name="itpn_base_patch16_224"),
         optim=OptimConfig(num_epochs=1600),
-        scaling=ScalingConfig(num_workers=64, use_gpu=True),
+        scaling=PretrainScalingConfig(num_workers=64, use_gpu=True),
     )
 
 
@@ -86,7 +92,7 @@ def pixel_large_in1k() -> PretrainConfig:
         data=DataConfig(path="data/imagenet/train", num_cpus=512),
         model=ModelConfig(name="itpn_large_patch16_224"),
         optim=OptimConfig(num_epochs=1600),
-        scaling=ScalingConfig(num_workers=64, use_gpu=True),
+        scaling=PretrainScalingConfig(num_workers=64, use_gpu=True),
     )
 
 
@@ -112,7 +118,7 @@ def _clip_in1k(size: str, teacher: str, drop_path_rate: float) -> PretrainConfig
         optim=OptimConfig(
             lr=1.5e-3, min_lr=1e-5, betas=(0.9, 0.98), num_epochs=300, warmup_ratio=5 / 300
         ),
-        scaling=ScalingConfig(num_workers=64, use_gpu=True, max_batch_size_per_worker=32),
+        scaling=PretrainScalingConfig(num_workers=64, use_gpu=True, max_batch_size_per_worker=32),
     )
 
 
