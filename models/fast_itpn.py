@@ -25,7 +25,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.hivit import TrunkLayers
-from models.layers import PatchEmbed, RelativePositions, layer_scale, scaled
+from models.layers import PatchEmbed, RelativePositions, attention, layer_scale, scaled
 
 
 class CellMlp(nn.Module):
@@ -95,7 +95,7 @@ class FastAttention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, weight, bias).reshape(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, K)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, K)
+        x = attention(q, k, v)  # (B, H, N, K)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 

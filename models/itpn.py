@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from models.fast_itpn import FAST_LAYERS
+from models.fast_itpn import FAST_LAYERS, FastBlock, FastMlpBlock, FastPatchMerge
 from models.hivit import HiViT, TrunkLayers
+from models.layers import Block, MlpBlock, PatchMerge, PatchSplit
 from models.pyramid import FeaturePyramid
 from models.token_reduction import TokenGathering, TokenMigration
 from models.variants import get_variant
+
+REPEATED = (Block, MlpBlock, PatchMerge, PatchSplit, FastBlock, FastMlpBlock, FastPatchMerge)
+"""What encoders and decoders are stacked from: units to compile, or to hold in shares."""
 
 
 class ITPNFeatures(NamedTuple):

@@ -78,7 +78,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, K)
         bias = None if positions is None else self.position_bias(positions, q).to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, N, K)
+        x = attention(q, k, v, bias)  # (B, H, N, K)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
     def position_bias(self, positions: RelativePositions, q: Tensor | None = None) -> Tensor:
@@ -110,6 +110,20 @@ class Attention(nn.Module):
         table = resize_rel_pos_bias_table_simple(old.detach().float(), grid, shape).to(old)
         table = table.clone(memory_format=torch.contiguous_format)
         self.relative_position_bias_table = nn.Parameter(table, old.requires_grad)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention: q, k, v (B, H, N, K), bias broadcast to (B, H, N, N).
+
+    Fused but for bfloat16 on CPUs, where the backward of torch's fused kernel takes three times as
+    long as the plain computation (benchmarks/results/2026-11-model.md).
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(dim=-1).to(v.dtype) @ v  # autocast makes the softmax float32
 
 
 class MlpBlock(nn.Module):

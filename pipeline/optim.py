@@ -180,7 +180,7 @@ def build_optimizer(
     betas: tuple[float, float],
     groups: list[dict[str, Any]] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over `groups`, fused on CUDA.
+    """AdamW over `groups`, fused: one pass over the weights instead of a dozen.
 
     Args:
         model: whose parameters are trained.
@@ -190,8 +190,7 @@ def build_optimizer(
         groups: such as `layer_decay_groups`; None for `param_groups`.
     """
     groups = param_groups(model, weight_decay) if groups is None else groups
-    fused = next(model.parameters()).is_cuda
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     set_lr(optimizer, lr)
     return optimizer
 

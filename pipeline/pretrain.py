@@ -170,7 +170,8 @@ def forward_backward(
     Returns:
         (L,) losses in the order of the objective's names, divided by the accumulation steps.
     """
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+    is_bf16 = {"gpu": images.is_cuda, "always": True, "never": False}[config.scaling.bf16]
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=is_bf16):
         losses = objective_of(config).losses(model, teacher, images, mask, weight)
     share = world_size / config.num_micro_batches
     (losses[0] * share).backward()

@@ -137,6 +137,9 @@ class ObjectiveConfig:
 class PretrainScalingConfig(ScalingConfig):
     """Training workers, and what makes a large model fast or small."""
 
+    bf16: Literal["gpu", "always", "never"] = "gpu"
+    """Where to compute in bfloat16 autocast, with float32 weights and losses. CPUs with AVX512-BF16
+    or AMX gain from "always"; others lose."""
     compile: bool = False
     """Compile student and moving average (torch.compile): faster steps after a longer start."""
     grad_checkpointing: bool = False
@@ -147,6 +150,7 @@ class PretrainScalingConfig(ScalingConfig):
 
     def __post_init__(self) -> None:
         ScalingConfig.__post_init__(self)  # not super(): slots make a new class of this one
+        require_choice("scaling.bf16", self.bf16, ("gpu", "always", "never"))
         require_choice("scaling.sharding", self.sharding, ("none", "full"))
         if self.sharding == "full" and self.min_workers < self.max_workers:
             raise ValueError(

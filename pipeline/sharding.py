@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models.layers import Block, MlpBlock
+from models.itpn import REPEATED
 from pipeline.train_state import TrainState
 
 Whole = Callable[[TrainState], TrainState]
@@ -83,7 +83,7 @@ def _mapped(tree: Any, function: Callable[[DTensor], Any]) -> Any:
 
 
 def _shard_module(root: nn.Module) -> None:
-    for module in [m for m in root.modules() if isinstance(m, (Block, MlpBlock))]:
+    for module in [m for m in root.modules() if isinstance(m, REPEATED)]:
         fully_shard(module, reshard_after_forward=True)
     # By default the rest stays whole after a forward, and the moving average could not be taken.
     fully_shard(root, reshard_after_forward=True)
