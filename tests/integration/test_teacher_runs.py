@@ -1,4 +1,4 @@
-"""Distillation from a frozen teacher on the session's Ray cluster."""
+"""Distillation from a frozen teacher on the session's Ray cluster, with a sharded student."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.pipeline.loop import LocalRun
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
-def test_two_workers_distil_on_ray_as_the_loop_does_in_one_process(
+def test_two_sharded_workers_distil_on_ray_as_the_loop_does_in_one_process(
     debug_config: PretrainConfig, tmp_path: Path
 ):
     torch.manual_seed(3)
@@ -41,7 +41,10 @@ def test_two_workers_distil_on_ray_as_the_loop_does_in_one_process(
     alone = LocalRun(config, tmp_path / "alone")
     alone()
     weights_before = weights.read_bytes()
-    config = apply_overrides(config, {"scaling.num_workers": 2, "run.name": "two"})
+    sharded = {"scaling.sharding": "full", "scaling.grad_checkpointing": True}
+    config = apply_overrides(
+        config, {"scaling.num_workers": 2, "run.name": "two", "data.num_cpus": 0, **sharded}
+    )
     summary = run_pretraining(config)
     folder = Path(config.run.storage_path) / "two"
     records: list[dict[str, Any]] = [
