@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,34 +39,8 @@ class ITPNVariant:
     """The trunk of Fast-iTPN."""
 
 
-def _clip(
-    embed_dim: int, depths: tuple[int, int, int], num_heads: int, img_size: int
-) -> ITPNVariant:
-    return ITPNVariant(
-        embed_dim=embed_dim,
-        depths=depths,
-        num_heads=num_heads,
-        fpn_depth=1,
-        img_size=img_size,
-        init_values=0.1,
-        rel_pos_bias=True,
-    )
-
-
-def _fast(
-    embed_dim: int, depths: tuple[int, int, int], num_heads: int, img_size: int
-) -> ITPNVariant:
-    return ITPNVariant(
-        embed_dim=embed_dim,
-        depths=depths,
-        num_heads=num_heads,
-        fpn_depth=1,
-        img_size=img_size,
-        mlp_ratio=3.0,
-        init_values=0.1,
-        fast=True,
-    )
-
+_clip = partial(ITPNVariant, fpn_depth=1, init_values=0.1, rel_pos_bias=True)
+_fast = partial(ITPNVariant, fpn_depth=1, init_values=0.1, mlp_ratio=3.0, fast=True)
 
 # Official: base and large (itpn_pixel/models/models_itpn_mim.py:248,256), the clip ones
 # (itpn_clip/modeling_pretrain.py:308-338; what the README calls L/14 is patch 16 at 256 pixels),
@@ -74,13 +49,17 @@ def _fast(
 VARIANTS: dict[str, ITPNVariant] = {
     "itpn_base_patch16_224": ITPNVariant(embed_dim=512, depths=(3, 3, 24), num_heads=8),
     "itpn_large_patch16_224": ITPNVariant(embed_dim=768, depths=(2, 2, 40), num_heads=12),
-    "itpn_base_clip_patch16_224": _clip(512, (3, 3, 24), 8, 224),
-    "itpn_large_clip_patch16_224": _clip(768, (2, 2, 40), 12, 224),
-    "itpn_large_clip_patch16_256": _clip(768, (2, 2, 40), 12, 256),
-    "fast_itpn_tiny_patch16_224": _fast(384, (1, 1, 12), 6, 224),
-    "fast_itpn_small_patch16_224": _fast(384, (2, 2, 20), 6, 224),
-    "fast_itpn_base_patch16_224": _fast(512, (3, 3, 24), 8, 224),
-    "fast_itpn_large_patch16_256": _fast(768, (2, 2, 40), 12, 256),
+    "itpn_base_clip_patch16_224": _clip(embed_dim=512, depths=(3, 3, 24), num_heads=8),
+    "itpn_large_clip_patch16_224": _clip(embed_dim=768, depths=(2, 2, 40), num_heads=12),
+    "itpn_large_clip_patch16_256": _clip(
+        embed_dim=768, depths=(2, 2, 40), num_heads=12, img_size=256
+    ),
+    "fast_itpn_tiny_patch16_224": _fast(embed_dim=384, depths=(1, 1, 12), num_heads=6),
+    "fast_itpn_small_patch16_224": _fast(embed_dim=384, depths=(2, 2, 20), num_heads=6),
+    "fast_itpn_base_patch16_224": _fast(embed_dim=512, depths=(3, 3, 24), num_heads=8),
+    "fast_itpn_large_patch16_256": _fast(
+        embed_dim=768, depths=(2, 2, 40), num_heads=12, img_size=256
+    ),
     "hivit_tiny_patch16_224": ITPNVariant(embed_dim=384, depths=(2, 2, 10), num_heads=6),
     "hivit_small_patch16_224": ITPNVariant(embed_dim=384, depths=(4, 4, 20), num_heads=6),
     "hivit_base_patch16_224": ITPNVariant(embed_dim=512, depths=(4, 4, 20), num_heads=8),
