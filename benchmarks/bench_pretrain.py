@@ -3,14 +3,14 @@
     python benchmarks/bench_pretrain.py --rounds 3
 
 Two CPU cores, about ten minutes. Runs of the recipe `demo` with one training process of one thread
-and the data plane on the other core take turns: `real` and `synthetic` by `jobs.pretrain`, `bare`
-the same loop on synthetic images in a process without Ray. Images/s are those of the runs' own
-summaries (without the first ten steps, evaluations, pictures and checkpoints). `short` is the demo
-as it is for 12 steps. Its start: from the command to the end of the first optimiser step. Its exit:
-from the last line of metrics.jsonl, which an evaluation precedes, to the end of the process, over
-checkpoint, picture, MLflow and the end of Ray.
+and the data plane on the other core take turns: `real` and `synthetic` by `jobs.pretrain`, `two`
+on synthetic images in two such processes, `bare` the loop of `synthetic` in a process without Ray.
+Images/s are those of the runs' own summaries (without the first ten steps, evaluations, pictures
+and checkpoints). `short` is the demo as it is for 12 steps. Its start: from the command to the end
+of the first optimiser step. Its exit: from the last line of metrics.jsonl, which an evaluation
+precedes, to the end of the process, over checkpoint, picture, MLflow and the end of Ray.
 
-The last line is JSON, medians: {real_vs_synthetic, ray_vs_bare, first_step_s, exit_s,
+The last line is JSON, medians: {real_vs_synthetic, ray_vs_bare, two_vs_one, first_step_s, exit_s,
 images_per_s}.
 """
 
@@ -36,7 +36,7 @@ from pipeline.pretrain import pretrain
 from pipeline.recipes import demo
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("real", "synthetic", "bare", "short")
+KINDS = ("real", "synthetic", "two", "bare", "short")
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for index in range(args.rounds):
         # Who comes first changes: a machine that slows down hits all.
-        order = KINDS[index % 4 :] + KINDS[: index % 4]
+        order = KINDS[index % 5 :] + KINDS[: index % 5]
         for kind in order:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append({"round": index, "kind": kind, **run(kind, args.num_steps, folder)})
@@ -65,8 +65,8 @@ def settings(kind: str, num_steps: int) -> dict[str, Any]:
         return {"optim.num_steps": 12, "run.log_every_steps": 1}
     changes: dict[str, Any] = {
         "optim.num_steps": num_steps,
-        "scaling.num_workers": 1,
-        "scaling.max_batch_size_per_worker": 16,
+        "scaling.num_workers": 2 if kind == "two" else 1,
+        "scaling.max_batch_size_per_worker": 8 if kind == "two" else 16,
         "data.num_cpus": 1,
         "run.evaluate_every_steps": num_steps,
         "run.picture_every_steps": num_steps,
@@ -131,9 +131,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "real_vs_synthetic": ratio("real", "synthetic"),
         "ray_vs_bare": ratio("synthetic", "bare"),
+        "two_vs_one": ratio("two", "synthetic"),
         "first_step_s": statistics.median(of("short", "first_step_s")),
         "exit_s": statistics.median(of("short", "exit_s")),
-        "images_per_s": {kind: statistics.median(of(kind, "images_per_s")) for kind in KINDS[:3]},
+        "images_per_s": {kind: statistics.median(of(kind, "images_per_s")) for kind in KINDS[:4]},
     }
 
 

@@ -111,7 +111,8 @@ class BetweenSteps:
                 hooks.on_quarantine(list(state.quarantine.values()))
             self.new_bad = []
         record = self._record(state, step) if is_logging else {}
-        with self.meter.paused():
+        # Compiling for the few forwards of an evaluation would take longer than they do.
+        with self.meter.paused(), torch.compiler.set_stance("force_eager"):
             if is_evaluating:
                 record |= self.evaluate(self.whole(state))
             if record:
