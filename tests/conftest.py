@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,10 @@ from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import debug
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+# Where nobody looks at a new counterexample, the same examples every time.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session", autouse=True)

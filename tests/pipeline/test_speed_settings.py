@@ -49,5 +49,5 @@ def test_a_run_with_it_has_the_losses_of_a_run_without(
 def test_bfloat16_is_off_on_cpus_unless_asked_for(debug_config: PretrainConfig, tmp_path: Path):
     gpu, never = histories(debug_config, tmp_path, {"scaling.bf16": "never"})
     assert gpu == never
-    with pytest.raises(ValueError, match="scaling.bf16='yes' must be one of gpu, always, never"):
+    with pytest.raises(ValueError, match=r"scaling.bf16='yes' must be one of gpu, always, never"):
         apply_overrides(debug_config, {"scaling.bf16": "yes"})
