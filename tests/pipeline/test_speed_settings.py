@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -44,6 +46,28 @@ def test_a_run_with_it_has_the_losses_of_a_run_without(
         for key, value in record.items():
             if key.startswith(("train/loss", "val/")) and "knn" not in key:
                 assert with_it[step][key] == pytest.approx(value, rel=tolerance), (step, key)
+    if "scaling.bf16" in settings:
+        assert with_it != without, "it is in use"
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"scaling.grad_checkpointing": True}, "models.hivit.checkpoint"),
+        ({"scaling.compile": True}, "pipeline.pretrain.compile_training"),
+    ],
+)
+def test_it_is_in_use(
+    debug_config: PretrainConfig, tmp_path: Path, settings: dict[str, Any], name: str
+):
+    module, _, function = name.rpartition(".")
+    real = getattr(importlib.import_module(module), function)
+    wraps = real if function == "checkpoint" else None  # compiling is tested above
+    with mock.patch(name, wraps=wraps) as used:
+        histories(debug_config, tmp_path / "off", {})
+        assert not used.called
+        histories(debug_config, tmp_path / "on", settings)
+    assert used.called
 
 
 def test_bfloat16_is_off_on_cpus_unless_asked_for(debug_config: PretrainConfig, tmp_path: Path):

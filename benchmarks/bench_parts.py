@@ -1,0 +1,87 @@
+"""Parts of a step that were chosen by measurement: how AdamW runs, and how attention is computed.
+
+    python benchmarks/bench_parts.py
+
+Two CPU cores, half a minute. Milliseconds, medians of interleaved repeats; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIZES = {"decoder": (8, 16, 196, 32), "student": (8, 8, 49, 64), "teacher": (8, 8, 147, 64)}
+"""(B, H, N, K) of attention in iTPN-B at a batch of 8."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    result: dict[str, Any] = {"adamw, 82 M weights": compare(optimisers(), args.repeats)}
+    for name, size in SIZES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            key = f"attention of the {name}, {str(dtype).removeprefix('torch.')}"
+            result[key] = compare(attentions(size, dtype), args.repeats)
+    for key, row in result.items():
+        print(f"{key}: {row}")
+    print(json.dumps(result))
+
+
+def compare(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each way."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 2):  # the first two do not count
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if repeat >= 2:
+                times[name].append(time.perf_counter() - started)
+    return {name: round(1e3 * statistics.median(values), 1) for name, values in times.items()}
+
+
+def optimisers() -> dict[str, Callable[[], Any]]:
+    """A step of AdamW over 78 matrices."""
+    weights = [nn.Parameter(torch.randn(2048, 512)) for _ in range(78)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    kinds = {"one by one": {"foreach": False}, "foreach": {"foreach": True}}
+    kinds["fused"] = {"fused": True}
+    return {name: torch.optim.AdamW(weights, lr=1e-4, **kind).step for name, kind in kinds.items()}
+
+
+def attentions(size: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """Forward and backward of plain and of torch's fused attention."""
+    B, H, N, K = size
+    qkv = torch.randn(B, N, 3, H, K).to(dtype).requires_grad_()
+
+    def run(attend: Callable[..., Tensor]) -> Callable[[], Any]:
+        def step() -> None:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            attend(q, k, v).transpose(1, 2).reshape(B, N, H * K).sum().backward()
+            qkv.grad = None
+
+        return step
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q * K**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+    return {"plain": run(plain), "fused": run(F.scaled_dot_product_attention)}
+
+
+if __name__ == "__main__":
+    main()
