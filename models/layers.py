@@ -115,8 +115,8 @@ class Attention(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention: q, k, v (B, H, N, K), bias broadcast to (B, H, N, N).
 
-    Fused but for bfloat16 on CPUs, where the backward of torch's fused kernel takes nearly three times as
-    long as the plain computation (benchmarks/bench_parts.py).
+    Fused but for bfloat16 on CPUs, where the backward of torch's fused kernel takes nearly three
+    times as long as the plain computation (benchmarks/bench_parts.py).
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
