@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/com
 
 import tyro
 
-from pipeline.cli import set_up_logging
+from pipeline.cli import leave, set_up_logging
 from pipeline.compare import CompareConfig, compare_runs
 from pipeline.report import print_table
 
@@ -34,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/x.p
 
 import tyro
 
-from pipeline.cli import set_up_logging
+from pipeline.cli import leave, set_up_logging
 from pipeline.weight_conversion import ConversionConfig, convert_weights
 
 logger = logging.getLogger("jobs.convert_weights")
@@ -40,4 +40,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

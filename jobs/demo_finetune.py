@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/...` works too
 
 import models
-from pipeline.cli import set_up_logging
+from pipeline.cli import leave, set_up_logging
 from pipeline.demo_finetune import run_demo_finetune
 from pipeline.report import first_line
 from pipeline.trainer import RunFailedError
@@ -39,4 +39,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/emb
 import tyro
 
 from pipeline.batch_inference import InferenceFailedError
-from pipeline.cli import interrupt_on_signals, quieten_ray_data, set_up_logging
+from pipeline.cli import interrupt_on_signals, leave, quieten_ray_data, set_up_logging
 from pipeline.embed import EmbedConfig, embed
 
 logger = logging.getLogger("jobs.embed")
@@ -45,4 +45,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

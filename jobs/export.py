@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/exp
 
 import tyro
 
-from pipeline.cli import interrupt_on_signals, set_up_logging
+from pipeline.cli import interrupt_on_signals, leave, set_up_logging
 from pipeline.export import ExportConfig, export
 from pipeline.exports.exportable import ExportFailedError
 
@@ -42,4 +42,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

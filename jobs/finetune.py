@@ -17,7 +17,7 @@ from typing import cast, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/finetune.py` works too
 
 import models
-from pipeline.cli import interrupt_on_signals, parse_recipe_command, set_up_logging
+from pipeline.cli import interrupt_on_signals, leave, parse_recipe_command, set_up_logging
 from pipeline.dry_run import finetune_dry_run
 from pipeline.finetune_config import Task
 from pipeline.finetune_recipes import FINETUNE_RECIPES
@@ -61,4 +61,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

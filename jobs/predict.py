@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/pre
 import tyro
 
 from pipeline.batch_inference import InferenceFailedError
-from pipeline.cli import interrupt_on_signals, quieten_ray_data, set_up_logging
+from pipeline.cli import interrupt_on_signals, leave, quieten_ray_data, set_up_logging
 from pipeline.predict import PredictConfig, predict
 
 logger = logging.getLogger("jobs.predict")
@@ -44,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 
 import tyro
 
-from pipeline.cli import interrupt_on_signals, quieten_ray_data, set_up_logging
+from pipeline.cli import interrupt_on_signals, leave, quieten_ray_data, set_up_logging
 from pipeline.prepare.job import PreparationFailedError, prepare
 from pipeline.prepare.report import prepare_report
 from pipeline.prepare.settings import PrepareConfig
@@ -45,4 +45,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/pretrain.py` works too
 
 import models
-from pipeline.cli import interrupt_on_signals, parse_recipe_command, set_up_logging
+from pipeline.cli import interrupt_on_signals, leave, parse_recipe_command, set_up_logging
 from pipeline.demo_data import write_demo_photos
 from pipeline.dry_run import dry_run
 from pipeline.pretraining_run import run_pretraining
@@ -55,4 +55,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 
 import tyro
 
-from pipeline.cli import set_up_logging
+from pipeline.cli import leave, set_up_logging
 from pipeline.replay import replay, replay_report
 
 logger = logging.getLogger("jobs.replay")
@@ -35,4 +35,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

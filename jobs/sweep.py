@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/sweep.py` works too
 
 import models
-from pipeline.cli import interrupt_on_signals, set_up_logging
+from pipeline.cli import interrupt_on_signals, leave, set_up_logging
 from pipeline.report import first_line
 from pipeline.sweep import run_sweep, sweep_dry_run
 from pipeline.sweeps.command import parse_sweep_command
@@ -52,4 +52,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

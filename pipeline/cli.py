@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import difflib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 import tyro
 
@@ -75,6 +78,20 @@ def interrupt_on_signals() -> None:
     """Let SIGTERM, which `ray job stop` sends, end a job like Ctrl-C: by KeyboardInterrupt."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process of a job, as `sys.exit(status)` would, but at once.
+
+    The interpreter would first take apart, one by one, the 700,000 objects of torch, Ray and
+    MLflow: two seconds for nothing. What is registered with atexit is done; threads are not
+    waited for.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
 
 
 def quieten_ray_data() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +14,7 @@ from pipeline.cli import get_recipe, parse_recipe_command
 from pipeline.config_values import apply_overrides
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import PRETRAIN_RECIPES, debug
+from tests.conftest import REPO_ROOT
 
 
 def parse(*argv: str) -> PretrainConfig:
@@ -131,3 +135,36 @@ def test_command_without_a_recipe_lists_the_recipes(
     text, silent = (err, out) if status else (out, err)
     assert silent == ""
     assert all(f" {name} " in text for name in PRETRAIN_RECIPES)
+
+
+def test_leaving_keeps_status_output_and_exit_functions_and_takes_nothing_apart() -> None:
+    code = """if True:
+        import atexit, gc, pipeline.cli, sys
+        class Late:
+            def __del__(self): sys.stdout.write(" taken apart"); sys.stdout.flush()
+        late = Late()
+        atexit.register(lambda: sys.stdout.write(" atexit"))
+        sys.stdout.write("said")
+        sys.stderr.write("wrong")
+        pipeline.cli.leave(3)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO_ROOT, timeout=60, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said atexit", "wrong")
+
+
+def test_leaving_with_nobody_reading_keeps_the_status() -> None:
+    code = "import pipeline.cli, sys; sys.stdin.read(); print('late'); pipeline.cli.leave(0)"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPO_ROOT, env=buffered, **pipes
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 0
