@@ -36,7 +36,7 @@ def recomputing(model: PretrainingModel) -> None:
 @pytest.mark.parametrize(
     ("name", "prepare"),
     [
-        ("a2_pixel_mim_rpe_alignnone", compile_training),
+        *((name, compile_training) for name in golden.case_names(golden.MIM_CLASSES)),
         *((name, recomputing) for name in golden.case_names(golden.MIM_CLASSES)),
     ],
 )
