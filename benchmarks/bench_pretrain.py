@@ -7,11 +7,13 @@ and the data plane on the other core take turns: `real` and `synthetic` by `jobs
 on synthetic images in two such processes, `bare` the loop of `synthetic` in a process without Ray.
 Images/s are those of the runs' own summaries (without the first ten steps, evaluations, pictures
 and checkpoints). `short` is the demo as it is for 12 steps. Its start: from the command to the end
-of the first optimiser step. Its exit: from the last line of metrics.jsonl, which an evaluation
-precedes, to the end of the process, over checkpoint, picture, MLflow and the end of Ray.
+of the first optimiser step. Its exit: from the end of the last step to the end of the process, over
+evaluation, checkpoint, picture, MLflow and the end of Ray; the evaluation, which some 1,000 crops
+and not the end of the run make long, is also given alone. Checkpoints: how long training stands
+still for one, as a share of the steps between two of the demo's.
 
 The last line is JSON, medians: {real_vs_synthetic, ray_vs_bare, two_vs_one, first_step_s, exit_s,
-images_per_s}.
+last_evaluation_s, checkpoint_frac, images_per_s}.
 """
 
 from __future__ import annotations
@@ -91,16 +93,28 @@ def run(kind: str, num_steps: int, folder: str) -> dict[str, Any]:
     started = time.time()
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
     ended = time.time()
-    lines = (Path(folder) / "demo" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records, events = (read_lines(folder, name) for name in ("metrics.jsonl", "events.jsonl"))
     of_run = json.loads((Path(folder) / "demo" / "summary.json").read_text())
+    stall_s = [event["stall_s"] for event in events if event["event"] == "checkpoint"]
+    between_s = (
+        demo().run.checkpoint_every_steps * demo().data.global_batch_size / of_run["images_per_s"]
+    )
+    # Known to a step where every step is logged, that is in `short`.
+    last_step_end = records[-2]["time"] + records[-1]["perf/step_s"]
     return {
         "images_per_s": of_run["images_per_s"],
         "data_wait_frac": of_run["data_wait_frac"],
         "first_step_s": round(records[0]["time"] - started, 2),
-        "exit_s": round(ended - records[-1]["time"], 2),
+        "exit_s": round(ended - last_step_end, 2),
+        "last_evaluation_s": round(records[-1]["time"] - last_step_end, 2),
+        "checkpoint_frac": round(statistics.median(stall_s) / between_s, 5),
         "command_s": round(ended - started, 2),
     }
+
+
+def read_lines(folder: str, name: str) -> list[dict[str, Any]]:
+    """A file of JSON lines that the run left."""
+    return [json.loads(line) for line in (Path(folder) / "demo" / name).read_text().splitlines()]
 
 
 def run_bare(num_steps: int) -> dict[str, Any]:
@@ -134,6 +148,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "two_vs_one": ratio("two", "synthetic"),
         "first_step_s": statistics.median(of("short", "first_step_s")),
         "exit_s": statistics.median(of("short", "exit_s")),
+        "last_evaluation_s": statistics.median(of("short", "last_evaluation_s")),
+        "checkpoint_frac": statistics.median(of("synthetic", "checkpoint_frac")),
         "images_per_s": {kind: statistics.median(of(kind, "images_per_s")) for kind in KINDS[:4]},
     }
 
