@@ -26,6 +26,7 @@ from pipeline.finetuning_run import open_data, resolve_init
 from pipeline.mlflow_run import MlflowRun
 from pipeline.report import print_table
 from pipeline.run_folder import RunFolder, write_json
+from pipeline.run_lock import run_lock
 from pipeline.sweeps.config import SweepConfig
 from pipeline.sweeps.parent_run import ParentRun
 from pipeline.sweeps.plan import SweepPlan
@@ -74,7 +75,14 @@ def run_sweep(
         KeyboardInterrupt: the sweep was interrupted; the same command goes on with it.
     """
     plan = create_plan(base, sweep, axes)
-    plan.folder.mkdir(parents=True, exist_ok=True)
+    with run_lock(plan.folder):
+        _check_same(plan)  # whoever held it may have begun another one
+        return _run(plan, base, recipe, command)
+
+
+def _run(
+    plan: SweepPlan, base: FinetuneConfig, recipe: FinetuneConfig, command: str
+) -> dict[str, Any]:
     write_json(plan.folder / SWEEP_FILE, plan.as_asked())
     parent = ParentRun(plan)
     plan.parent_run_id = parent.open()
@@ -90,7 +98,7 @@ def run_sweep(
         print_table(trials_table(rows, plan.metric, links))
         summary = sweep_summary(rows, best_command(base, state, rows, recipe, command))
         parent.log(rows, summary, tables)
-        if sweep.register:
+        if plan.sweep.register:
             summary["registered_model"] = parent.register(best_of(rows))
         write_json(plan.folder / SUMMARY_FILE, summary)
         status = "FINISHED"

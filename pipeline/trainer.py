@@ -27,6 +27,7 @@ from pipeline.logbook import Logbook, fault_metrics
 from pipeline.mlflow_run import MlflowRun
 from pipeline.progress import ProgressDisplay, create_board
 from pipeline.run_folder import RunFolder
+from pipeline.run_lock import run_lock
 from pipeline.sources import Index
 from pipeline.train_worker import WorkerSession, run_checkpointer, train_worker
 
@@ -97,11 +98,23 @@ def run_training(
         on_record: called with step and metrics of every logged step, in the calling thread.
 
     Raises:
-        ValueError: anything in the config, the data or the run folder a user can fix.
+        ValueError: anything in the config, the data or the run folder a user can fix; another
+            driver is at it.
         RunFailedError: training failed.
         KeyboardInterrupt: the run was interrupted, or told to stop; its newest checkpoint is kept.
     """
     folder = RunFolder(config)
+    with run_lock(folder.path):
+        return _run(config, folder, make_plan, stop, on_record)
+
+
+def _run(
+    config: TrainingConfig,
+    folder: RunFolder,
+    make_plan: Callable[[], RunPlan],
+    stop: threading.Event | None,
+    on_record: OnRecord | None,
+) -> dict[str, Any]:
     mlflow_run = MlflowRun(config, folder)
     mlflow_run.deliver_late()
     folder.check()
