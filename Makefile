@@ -1,4 +1,4 @@
-# make install | test | test-faults | lint | demo | demo-finetune | clean: each creates .venv and installs what it needs, once.
+# make install | test | test-faults | lint | demo | demo-finetune | docs | clean: each creates .venv and installs what it needs, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Torch threads that spin while they wait starve the Ray processes of a small machine.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: install test test-faults lint format demo demo-finetune mlflow clean
+.PHONY: install test test-faults lint format demo demo-finetune mlflow docs docs-serve clean
 
 install: $(STAMP)
 
@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python >= 3.11 is needed, {sys.executable} is {v[0]}.{v[1]}; call make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[demo,export,test,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[demo,export,test,dev,docs]'
 	touch $@
 
 test: $(STAMP)
@@ -42,5 +42,12 @@ demo-finetune: $(STAMP)
 mlflow: $(STAMP)
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
 
+# The documentation as a site, in site/; broken links and missing pages are errors.
+docs: $(STAMP)
+	$(BIN)/zensical build --clean --strict
+
+docs-serve: $(STAMP)
+	$(BIN)/zensical serve --dev-addr 127.0.0.1:8001
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site .cache

@@ -23,7 +23,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pipeline.cluster import needed_cpus
-from pipeline.config_values import config_to_dict
+from pipeline.config_values import apply_overrides, config_to_dict
 from pipeline.finetune_config import FinetuneConfig
 from pipeline.sweeps.config import SweepConfig
 from pipeline.sweeps.plan import SweepPlan
@@ -82,6 +82,15 @@ def num_concurrent(
     return min(limits), f"{min(limits)} trials at a time: {'; '.join(parts)}"
 
 
+def with_absolute_paths(config: FinetuneConfig) -> FinetuneConfig:
+    """The run with its local paths made absolute: actors of a cluster work in a folder of Ray's."""
+    given = {"data.path": config.data.path, "data.val_path": config.data.val_path}
+    if not config.init.is_scratch:
+        given["init.path"] = config.init.path
+    local = {key: path for key, path in given.items() if path and "://" not in path}
+    return apply_overrides(config, {key: str(Path(path).absolute()) for key, path in local.items()})
+
+
 class _Search(Searcher):
     """Gives Tune the trials in the order of their numbers."""
 
@@ -95,7 +104,7 @@ class _Search(Searcher):
         if trial is None:
             is_waiting = self.state.is_waiting and not (folder / _STOP_ALL).exists()
             return None if is_waiting else Searcher.FINISHED
-        config = self.state.config_of(trial)
+        config = with_absolute_paths(self.state.config_of(trial))
         return {
             "number": trial.number,
             "task": config.task,
