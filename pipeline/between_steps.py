@@ -29,6 +29,8 @@ class Hooks:
 
     on_start: Callable[[int], None] = lambda step: None
     """Once, with the step the run starts at."""
+    on_step: Callable[[int], None] = lambda step: None
+    """After every step and all that is due after it."""
     on_metrics: Callable[[int, dict[str, float]], bool] = lambda step, metrics: False
     """At log steps, worker 0 only; returns True to ask for a clean stop."""
     wants_checkpoint: Callable[[int], bool] = lambda step: False
@@ -132,6 +134,7 @@ class BetweenSteps:
                 self._draw(state)
             if is_saving:
                 self._save(state)
+            hooks.on_step(state.step)
         return is_stopping or is_pausing
 
     def _record(self, state: TrainState, step: Step) -> dict[str, float]:

@@ -8,6 +8,7 @@ and plain dicts are in `config_values.py`.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -51,6 +52,9 @@ class RunConfig:
     pause_at_step: int = 0
     """Save and leave after this step, as after Ctrl-C; the same command with a later one, or with
     0, which is never, goes on."""
+    profile_steps: str = ""
+    """Steps to profile, FIRST:LAST as the log counts them; empty: none. The trace of worker 0 goes
+    to profiles/ in the run's folder and to its artifacts."""
     max_failures: int = 3
     """Restarts in a row after worker failures that reach no new checkpoint; one more ends the run.
     Preempted nodes and a change of the number of workers do not count."""
@@ -77,6 +81,7 @@ class RunConfig:
         ):
             require_not_negative(f"run.{key}", getattr(self, key))
         require_choice("run.on_checkpoint_error", self.on_checkpoint_error, ("continue", "stop"))
+        parse_profile_steps(self.profile_steps)
         path = self.checkpoint_path
         if path and not path.startswith("/") and "://" not in path:
             raise ValueError(
@@ -397,3 +402,21 @@ def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """A ValueError unless the value of a setting is one of the choices."""
     if value not in choices:
         raise ValueError(f"{key}='{value}' must be one of {', '.join(choices)}")
+
+
+def parse_profile_steps(text: str) -> range:
+    """`10:15` -> steps 10 to 15, as the log counts them (the first one is 1); empty: none.
+
+    Raises:
+        ValueError: it is no such pair.
+    """
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError(
+            f"run.profile_steps='{text}' must be FIRST:LAST with 1 <= FIRST <= LAST, the steps to "
+            "profile as the log counts them; use e.g. 10:15"
+        )
+    return range(first, last + 1)

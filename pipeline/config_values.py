@@ -65,7 +65,7 @@ def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Readable differences of two config dicts; settings that cannot change results are ignored."""
     ignored = {
         *("run.dry_run", "run.allow_config_change", "run.storage_path", "run.max_failures"),
-        "run.pause_at_step",
+        *("run.pause_at_step", "run.profile_steps"),
         *("run.keep_checkpoints", "run.keep_every_steps", "run.checkpoint_every_minutes"),
         *("run.on_checkpoint_error", "scaling.resize_check_s", "scaling.worker_resource"),
         *("tracking.parent_run_id", "tracking.varied", "scaling.gpus_per_worker"),

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 _MAX_PARAM_CHARS = 6000  # MLflow's own limit on parameter values
 PICTURE_FOLDERS = ("reconstructions", "predictions", "confusion")
 """Kinds of pictures a run may draw; folders of the run and of its artifacts."""
+PROFILES = "profiles"
+"""Likewise, of profiles."""
 _CLOSE_PAUSES_S = (1.0, 3.0)
 _KEY_TAG = "itpn_key"
 
@@ -210,7 +212,7 @@ def _log_artifacts(
         if file.is_file():
             client.log_artifact(run_id, str(file))
     # These never change once they are written.
-    for kind in PICTURE_FOLDERS:
+    for kind in (*PICTURE_FOLDERS, PROFILES):
         _log_missing(client, run_id, run_dir / kind, kind)
     if checkpoint is not None:
         _log_missing(client, run_id, checkpoint, f"checkpoints/{checkpoint.name}")

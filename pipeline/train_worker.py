@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,10 +20,12 @@ import ray.train.torch
 from pipeline import tracking
 from pipeline.between_steps import Hooks
 from pipeline.checkpoint import Checkpointer, Saved
-from pipeline.config import TrainingConfig
+from pipeline.config import TrainingConfig, parse_profile_steps
 from pipeline.config_values import config_hash
+from pipeline.live_metrics import LiveMetrics
 from pipeline.logbook import Logbook, fault_metrics, give_up_message
 from pipeline.nonfinite import NonFiniteLossError
+from pipeline.profiling import StepProfiler
 from pipeline.quarantine import (
     QUARANTINE_FILE,
     BadSample,
@@ -85,6 +88,12 @@ class WorkerSession:
         self._failed: Saved | None = None
         self._saved_at = time.monotonic()
         self._preempted: list[str] = []
+        self._live = LiveMetrics(config.run.name, job.get("task", "pretrain"))
+        self._profiler = StepProfiler(
+            parse_profile_steps(config.run.profile_steps) if worker.is_rank_zero else range(0),
+            self.folder.path / tracking.PROFILES,
+            self._on_profile,
+        )
 
     def train(self, hooks: Hooks) -> dict[str, Any]:
         """Run the loop; returns what it returns."""
@@ -104,6 +113,7 @@ class WorkerSession:
         outcome = self.train(
             Hooks(
                 on_start=self._on_start,
+                on_step=self._profiler.after_step,
                 on_metrics=self._on_metrics,
                 wants_checkpoint=self._wants_checkpoint,
                 on_quarantine=self._on_quarantine,
@@ -125,6 +135,7 @@ class WorkerSession:
 
     def close(self) -> None:
         """Finish what goes on beside training, also after an error in it."""
+        self._profiler.close()
         self.checkpointer.wait()
         if self._tracker is not None:
             self._note_checkpoints()
@@ -133,6 +144,7 @@ class WorkerSession:
     def _on_start(self, step: int) -> None:
         if not self.worker.is_rank_zero:
             return
+        self._profiler.after_step(step)
         self._tracker = tracking.Tracker(
             self.folder.path,
             **self.job["mlflow"],
@@ -156,6 +168,7 @@ class WorkerSession:
         record = metrics | self._note_checkpoints()
         record |= self._faults | {"scaling/num_workers": float(self.worker.world_size)}
         self._tracker.log(step, record)
+        self._live.set(step, record)
         self._answers.append(self.job["board"].post.remote(step, record))
         # The answer to the previous post is there by now: no waiting for the driver.
         wants_stop = bool(ray.get(self._answers.pop(0))) if len(self._answers) > 1 else False
@@ -175,6 +188,10 @@ class WorkerSession:
             self.logbook.write("preemption", step=step, nodes=self._preempted)
             self._say(f"{len(self._preempted)} nodes are about to be taken away: saving")
         return True
+
+    def _on_profile(self, file: Path) -> None:
+        assert self._tracker is not None, "on_start comes first"
+        self._tracker.log_artifact(file, tracking.PROFILES)
 
     @property
     def _quarantine_file(self) -> str:

@@ -42,6 +42,7 @@ class LocalRun:
     started_at: int = -1
     dump: dict[str, Any] = field(default_factory=dict)
     """What `on_non_finite` was called with."""
+    on_step: Callable[[int], None] = lambda step: None
     saved: list[int] = field(default_factory=list)
     """Steps that `on_checkpoint` was called with."""
 
@@ -64,6 +65,7 @@ class LocalRun:
                 checkpointer=checkpointer,
                 worker=self.worker,
                 hooks=Hooks(
+                    on_step=self.on_step,
                     on_start=self._on_start,
                     on_metrics=self._on_metrics,
                     wants_checkpoint=lambda step: step in self.save_at,
