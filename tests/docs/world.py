@@ -178,7 +178,7 @@ class World:
             self._is_trained.add(recipe)
         match module, arguments:
             case "jobs.pretrain", ["demo", *_]:
-                return ["--optim.num-steps", "4", "--data.num-cpus", "0"]
+                return ["--optim.num-steps", "4", "--data.num-cpus", "0", *again]
             case "jobs.pretrain", [recipe, *rest]:
                 teacher = self.folder / "teacher.safetensors"
                 to_teacher = ["--objective.teacher", "timm/test_vit", "--objective.teacher-size"]
