@@ -16,7 +16,7 @@ from pipeline.sweeps.plan import SweepPlan
 from pipeline.sweeps.space import parse_space
 from pipeline.sweeps.state import SweepState
 from pipeline.sweeps.trials import Ending
-from pipeline.sweeps.tuner import num_concurrent
+from pipeline.sweeps.tuner import num_concurrent, with_absolute_paths
 
 METRIC = "val/top1"
 SPACE = {"optim.lr": "loguniform:1e-5:1e-2", "optim.layer_decay": "choice:0.65,0.8,0.95"}
@@ -135,6 +135,19 @@ def test_failed_trials_are_tried_again_only_when_asked(tmp_path: Path, retry: bo
     again = SweepState(plan(tmp_path, SweepConfig(num_trials=4, retry_failed=retry)))
     trial = again.next_trial()
     assert trial is not None and trial.number == (0 if retry else 1)
+
+
+def test_a_trial_finds_relative_paths_from_where_the_sweep_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Actors of a cluster that was joined work in another folder."""
+    monkeypatch.chdir(tmp_path)
+    given = {"init.path": "runs/demo", "data.path": "train", "data.val_path": "s3://bucket/val"}
+    sent = with_absolute_paths(base(tmp_path, **given))
+    assert sent.init.path == str(tmp_path / "runs" / "demo")
+    assert sent.data.path == str(tmp_path / "train")
+    assert sent.data.val_path == "s3://bucket/val"
+    assert with_absolute_paths(base(tmp_path)).init.is_scratch
 
 
 def test_trials_of_other_lengths_are_judged_at_the_same_share_of_their_steps(tmp_path: Path):
