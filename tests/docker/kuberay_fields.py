@@ -1,10 +1,10 @@
 """Fields of KubeRay's custom resources that our manifests may use, and which are required.
 
-From KubeRay 1.6.2: docs/reference/api.md at 0a9eabde561ab59ab4bbe626072c359da9214484 (generated there
-from the types of the CRDs); what is required is what those types do not mark as optional.
+From KubeRay 1.6.2: docs/reference/api.md at 0a9eabde561ab59ab4bbe626072c359da9214484, generated
+there from the types of the CRDs; what those do not mark as optional is required.
 
-A field's type is a scalar (`str`, `int`, `bool`, `float`), `map` (text to text), the name of another
-entry, or `core:TYPE`, a type of Kubernetes itself; `[TYPE]` is a list; `a|b` lists the values.
+A field's type is a scalar (`str`, `int`, `bool`, `float`), `map` (text to text), the name of
+another entry, or `core:TYPE`, a type of Kubernetes; `[TYPE]` is a list; `a|b` lists the values.
 """
 
 from __future__ import annotations

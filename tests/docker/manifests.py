@@ -1,7 +1,7 @@
 """Checking Kubernetes manifests strictly, without a cluster and without a network.
 
-Kubernetes' own kinds, and pods wherever they stand in another kind, are held against the schemas that
-the `kubernetes-validate` package ships; KubeRay's against `kuberay_fields.py`.
+Kubernetes' own kinds, and pods wherever they stand in another kind, are held against the schemas
+that the `kubernetes-validate` package ships; KubeRay's against `kuberay_fields.py`.
 """
 
 from __future__ import annotations
@@ -79,13 +79,15 @@ def _object_problems(value: Any, type_name: str, where: str) -> list[str]:
         return [f"{where}: {value!r} is no {type_name}"]
     fields = FIELDS[type_name]
     found = [f"{where}: unknown field {key}" for key in value if key not in fields]
-    found += [f"{where}: {key} is missing" for key in REQUIRED.get(type_name, ()) if key not in value]
+    found += [
+        f"{where}: {key} is missing" for key in REQUIRED.get(type_name, ()) if key not in value
+    ]
     known = (key for key in value if key in fields)
     return found + [p for k in known for p in _ray_problems(value[k], fields[k], f"{where}.{k}")]
 
 
 def _as_object(value: Any, type_name: str) -> dict[str, Any]:
-    """An object of Kubernetes that has nothing but the value in it, for the schemas are of objects."""
+    """An object with nothing but the value in it, for the schemas are of whole objects."""
     metadata = {"name": "checked"}
     if type_name == "PodTemplateSpec":
         return {

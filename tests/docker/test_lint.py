@@ -17,7 +17,7 @@ HADOLINT = ("hadolint", "--no-color")
 SHELLCHECK = ("shellcheck", "--enable=quote-safe-variables")
 YAMLLINT = ("yamllint", "--strict", "--config-file", ".yamllint.yaml")
 COMPOSE_SCHEMA = ("check-jsonschema", "--builtin-schema", "vendor.compose-spec")
-# By other tests: Python by `make lint`, .md and .example and .ini by tests/docker/test_consistency.py.
+# Python is linted by `make lint`; .md, .example and .ini are held by test_consistency.py.
 OTHERS = {".py", ".md", ".ini", ".example"}
 
 
