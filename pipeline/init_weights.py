@@ -124,6 +124,21 @@ def _read(filesystem: fs.FileSystem, path: str, setting: str) -> dict[str, Tenso
             f"{setting} '{path}' is no weights file; give one of {', '.join(_SUFFIXES)} (of a "
             f"checkpoint its {ENCODER_FILE})"
         )
+    return read_tensors(filesystem, path, setting)
+
+
+def read_tensors(filesystem: fs.FileSystem, path: str, setting: str) -> dict[str, Tensor]:
+    """Read a weights file, whatever its name; nothing in it is executed.
+
+    Args:
+        filesystem: where the file is.
+        path: the file.
+        setting: the setting its path came from, for error messages.
+
+    Raises:
+        ValueError: the file is damaged, or holds more than tensors.
+        FileNotFoundError: it does not exist.
+    """
     try:
         if storage.is_local(filesystem):
             return read_state_dict(path)

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from models.itpn import create_itpn
 from models.pos_embed import resize_pos_embed
 from models.teacher import FrozenBackbone, FrozenTeacher
-from models.weights import load_weights, read_state_dict
+from models.weights import load_weights
+from pipeline import storage
 from pipeline.config import InitConfig
 from pipeline.encoder_settings import pretrained_encoder_kwargs
-from pipeline.init_weights import read_initial_weights, run_config
+from pipeline.init_weights import read_initial_weights, read_tensors, run_config
 from pipeline.pretrain_config import ObjectiveConfig, PretrainConfig
 
 EMA = "ema"
@@ -74,7 +75,8 @@ def _read_timm(objective: ObjectiveConfig) -> TeacherWeights:
     name = objective.teacher.removeprefix(TIMM)
     model = _create_timm(name)
     if objective.teacher_weights:
-        state = _fitted(model, read_state_dict(objective.teacher_weights))
+        filesystem, path = storage.resolve(objective.teacher_weights)
+        state = _fitted(model, read_tensors(filesystem, path, f"{_SETTING}-weights"))
         source = f"{objective.teacher} with {objective.teacher_weights}"
     else:
         try:
