@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Torch threads that spin while they wait starve the Ray processes of a small machine.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: install test test-faults lint format demo demo-finetune mlflow docs docs-serve clean
+.PHONY: install test test-faults lint format demo demo-finetune mlflow docs docs-serve sbom audit clean
 
 install: $(STAMP)
 
@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python >= 3.11 is needed, {sys.executable} is {v[0]}.{v[1]}; call make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[demo,export,test,dev,docs]'
+	$(BIN)/python -m pip install --quiet -e '.[demo,export,server,test,dev,docs]'
 	touch $@
 
 test: $(STAMP)
@@ -39,6 +39,18 @@ demo: $(STAMP)
 demo-finetune: $(STAMP)
 	$(BIN)/python -m jobs.demo_finetune
 
+# What is installed, as CycloneDX; the versions of the image are those of `install.sh`.
+sbom: $(STAMP)
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom.cdx.json $(BIN)/python
+
+# Known vulnerabilities of what is installed; asks PyPI, so it needs the network. A package that cannot
+# be looked up is a failure, too.
+audit: $(STAMP)
+	test -x $(VENV)/audit/bin/pip-audit || ($(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-audit)
+	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)/audit/installed.txt
+	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps -r $(VENV)/audit/installed.txt
+
+# On 127.0.0.1, MLflow's default; without a password.
 mlflow: $(STAMP)
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
 
