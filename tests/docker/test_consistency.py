@@ -183,7 +183,8 @@ def test_health_is_asked_with_the_script_of_the_image():
 
 def commands() -> list[str]:
     """Every command of the page."""
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 8
     return [line for block in blocks for line in block.splitlines()]
 
 
