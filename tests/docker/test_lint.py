@@ -11,14 +11,15 @@ from tests.conftest import REPO_ROOT
 from tests.docker.linters import DOCKER, lint
 
 SHELL = sorted([DOCKER / "install.sh", *DOCKER.rglob("*.sbatch"), REPO_ROOT / ".ci" / "run"])
-YAML = sorted(DOCKER.rglob("*.yaml"))
+YAML = sorted(path for path in DOCKER.rglob("*") if path.suffix in (".yaml", ".yml"))
 COMPOSE = sorted(DOCKER.glob("compose*.yaml"))
 HADOLINT = ("hadolint", "--no-color")
 SHELLCHECK = ("shellcheck", "--enable=quote-safe-variables")
 YAMLLINT = ("yamllint", "--strict", "--config-file", ".yamllint.yaml")
 COMPOSE_SCHEMA = ("check-jsonschema", "--builtin-schema", "vendor.compose-spec")
-# Python is linted by `make lint`; .md, .example and .ini are held by test_consistency.py.
-OTHERS = {".py", ".md", ".ini", ".example"}
+# Python is linted by `make lint`; .md, .example and .ini are held by test_consistency.py, the
+# dashboard by tests of its own.
+OTHERS = {".py", ".md", ".ini", ".example", ".json"}
 
 
 def test_no_file_of_docker_goes_unlinted():
