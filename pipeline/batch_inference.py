@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 
-from pipeline.cluster import joined_cluster
+from pipeline.cluster import joined_cluster, require_room
 from pipeline.config_values import config_to_dict
 from pipeline.inference_actor import (
     PICTURE,
@@ -31,6 +31,7 @@ from pipeline.inference_actor import (
     row_schema,
 )
 from pipeline.inference_output import PICTURES_FOLDER, InferenceOutput
+from pipeline.placement import Work, remote_args, resource_share
 from pipeline.prepare.settings import absolute
 from pipeline.quarantine import (
     BadSample,
@@ -168,6 +169,7 @@ def _through_ray(
             compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(tasks))),
             num_cpus=config.cpus_per_actor,
             num_gpus=1 if config.use_gpu else None,
+            **remote_args(config.worker_resource, config.worker_labels),
             fn_constructor_args=[refs],  # in a list, so that Ray passes the references themselves
         )
         dataset.context.enable_progress_bars = False
@@ -193,17 +195,16 @@ def _tasks(config: InferenceConfig, num_samples: int) -> list[dict[str, int]]:
 
 
 def _check_resources(config: InferenceConfig) -> None:
-    total = ray.cluster_resources()
-    needs = {"CPU": config.num_actors * config.cpus_per_actor}
-    if config.use_gpu:
-        needs["GPU"] = config.num_actors
-    for resource, needed in needs.items():
-        if needed > total.get(resource, 0):
-            raise ValueError(
-                f"the cluster has {total.get(resource, 0):g} {resource}s, but num_actors="
-                f"{config.num_actors} with cpus_per_actor={config.cpus_per_actor} and use_gpu="
-                f"{config.use_gpu} need {needed}; lower one of them"
-            )
+    each = {"CPU": float(config.cpus_per_actor)} | ({"GPU": 1.0} if config.use_gpu else {})
+    require_room(
+        Work(
+            what="an actor",
+            count=config.num_actors,
+            each=each | resource_share(config.worker_resource),
+            labels=config.worker_labels,
+            settings="num_actors, cpus_per_actor, use_gpu, worker_resource or worker_labels",
+        )
+    )
 
 
 def _write(

@@ -13,12 +13,15 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
 from pipeline.config import TrainingConfig
+from pipeline.placement import Node, Work, label_selector, resource_share
 
 logger = logging.getLogger(__name__)
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +47,7 @@ PRIVATE_ENV = {
 # Ray Train may still count on a node that has just been lost. It finds out by waiting in vain for
 # its workers, by default for a minute.
 ELASTIC_ENV = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
+_NODE_POLL_S = 1.0
 _OBJECT_STORE_BYTES = 512 * 2**20  # uint8 batches in flight; Ray's default takes 30 % of the memory
 
 
@@ -117,7 +121,88 @@ def _signal_handlers_kept() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def worker_resources(config: TrainingConfig) -> dict[str, float]:
+    """What a training worker takes."""
+    scaling = config.scaling
+    resources = {"CPU": scaling.cpus_per_worker}
+    resources |= {"GPU": scaling.gpus_per_worker} if scaling.use_gpu else {}
+    return resources | ({scaling.worker_resource: 1.0} if scaling.worker_resource else {})
+
+
+def require_room(*works: Work, wait_s: float = 0.0) -> None:
+    """Refuse work that no nodes of the connected cluster have room for.
+
+    Args:
+        works: each is looked at as if it were alone.
+        wait_s: how long an autoscaler may take to bring the nodes.
+
+    Raises:
+        ValueError: the room is missing, also then.
+    """
+    deadline = time.monotonic() + wait_s
+    has_asked = False
+    try:
+        while (refusal := _first_refusal(works)) is not None:
+            if time.monotonic() >= deadline:
+                waited = f" after {wait_s:g} s" if wait_s else ""
+                raise ValueError(f"{refusal}{waited}")
+            if not has_asked:
+                logger.info("%s; waiting up to %g s for the autoscaler", refusal, wait_s)
+                _ask_for_nodes(works)
+                has_asked = True
+            time.sleep(_NODE_POLL_S)
+    finally:
+        if has_asked:
+            request_resources(bundles=[])  # the run itself holds them from now on
+
+
+def _first_refusal(works: Sequence[Work]) -> str | None:
+    nodes = [
+        Node(resources=node["Resources"], labels=node.get("Labels") or {})
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return next((text for work in works if (text := work.refusal(nodes)) is not None), None)
+
+
+def _ask_for_nodes(works: Sequence[Work]) -> None:
+    wanted = [work for work in works for _ in range(work.count)]
+    request_resources(
+        bundles=[dict(work.each) for work in wanted],
+        bundle_label_selectors=[label_selector(work.labels) for work in wanted],
+    )
+
+
 def _check_resources(config: TrainingConfig) -> None:
+    """Refuse a run the cluster is too small for, once its autoscaler has had its time."""
+    scaling, data, workers = config.scaling, config.data, config.scaling.min_workers
+    works = [
+        Work(
+            what="a training worker",
+            count=workers,
+            each=worker_resources(config),
+            labels=scaling.worker_labels,
+            settings="scaling.num_workers, scaling.cpus_per_worker, scaling.worker_resource or "
+            "scaling.worker_labels",
+        )
+    ]
+    if data.worker_resource or data.worker_labels:
+        works.append(
+            Work(
+                what="decoding",
+                count=max(data.num_cpus, workers),
+                each={"CPU": 1.0, **resource_share(data.worker_resource)},
+                labels=data.worker_labels,
+                settings="data.num_cpus, data.worker_resource or data.worker_labels",
+            )
+        )
+    if scaling.wait_for_nodes_s:
+        require_room(*works, wait_s=scaling.wait_for_nodes_s)
+    _check_totals(config)
+    require_room(*works)
+
+
+def _check_totals(config: TrainingConfig) -> None:
     total = ray.cluster_resources()
     scaling, workers = config.scaling, config.scaling.min_workers
     needed, has = needed_cpus(config, workers), total.get("CPU", 0)

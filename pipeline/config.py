@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.placement import require_labels
+
 PATCH_SIZE = 16
 SCRATCH = "scratch"
 """What `--init` says for random weights."""
@@ -116,6 +118,11 @@ class SampleConfig:
     num_cpus: int = 2
     """Logical CPUs kept for decoding, over all workers; at least one per training worker. 0 decodes
     in a thread of each training worker: a run of a minute does not wait for processes to start."""
+    worker_resource: str = ""
+    """Custom Ray resource of the nodes that decode, to keep decoding off others; each task takes a
+    thousandth of one."""
+    worker_labels: tuple[str, ...] = ()
+    """Labels of the nodes that decode: KEY=VALUE, or KEY=!VALUE for all others."""
     prefetch_batches: int = 4
     """Micro-batches decoded ahead of a training worker."""
     shuffle_window: int = 1024
@@ -145,6 +152,7 @@ class SampleConfig:
             raise ValueError(
                 f"data.num_cpus={self.num_cpus} must be >= 0; 0 decodes in the training workers"
             )
+        require_labels("data.worker_labels", self.worker_labels)
 
     @property
     def num_patches(self) -> int:
@@ -211,6 +219,11 @@ class ScalingConfig:
     use the same GPU, as trials of a sweep do."""
     worker_resource: str = ""
     """Custom Ray resource a training worker takes one of, to keep it to the nodes that offer it."""
+    worker_labels: tuple[str, ...] = ()
+    """Labels of the nodes that train: KEY=VALUE, or KEY=!VALUE for all others."""
+    wait_for_nodes_s: float = 0.0
+    """Ask the cluster's autoscaler for nodes that are missing, and wait so long for them before the
+    run is refused; 0: there is no autoscaler."""
     max_batch_size_per_worker: int = 64
     """Largest micro-batch; gradients accumulate until the global batch is complete."""
 
@@ -229,6 +242,8 @@ class ScalingConfig:
                 "must not exceed the second, the most"
             )
         require_positive("scaling.resize_check_s", self.resize_check_s)
+        require_not_negative("scaling.wait_for_nodes_s", self.wait_for_nodes_s)
+        require_labels("scaling.worker_labels", self.worker_labels)
         require_positive("scaling.cpus_per_worker", self.cpus_per_worker)
         if self.gpus_per_worker != 1 and not (0 < self.gpus_per_worker < 1 and given == 1):
             raise ValueError(
@@ -336,6 +351,20 @@ class TrainingConfig:
             raise ValueError(
                 f"data.global_batch_size={batch} is not divisible by "
                 f"scaling.num_workers={workers}; use {' or '.join(options)}"
+            )
+        data, scaling = self.data, self.scaling
+        if not (data.worker_resource or data.worker_labels):
+            return
+        if data.num_cpus == 0:
+            raise ValueError(
+                "data.num_cpus=0 decodes in the training workers, wherever data.worker_resource or "
+                "data.worker_labels want it; drop one of them"
+            )
+        if not (scaling.use_gpu or scaling.worker_resource or scaling.worker_labels):
+            raise ValueError(
+                "data.worker_resource and data.worker_labels keep decoding to some nodes, but "
+                "training workers could take all their CPUs; say where those go, with "
+                "scaling.worker_resource or scaling.worker_labels"
             )
 
     @property

@@ -68,6 +68,8 @@ def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         *("run.pause_at_step", "run.profile_steps"),
         *("run.keep_checkpoints", "run.keep_every_steps", "run.checkpoint_every_minutes"),
         *("run.on_checkpoint_error", "scaling.resize_check_s", "scaling.worker_resource"),
+        *("scaling.worker_labels", "scaling.wait_for_nodes_s"),
+        *("data.worker_resource", "data.worker_labels"),
         *("tracking.parent_run_id", "tracking.varied", "scaling.gpus_per_worker"),
     }
     flat = [{f"{s}.{k}": v for s, d in c.items() for k, v in d.items()} for c in (old, new)]

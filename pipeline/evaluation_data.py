@@ -22,7 +22,9 @@ from pipeline.data import (
     Draws,
     MakerBuilder,
     SampleMaker,
+    data_task_args,
     made_ahead,
+    numbered_tasks,
     tuned,
 )
 from pipeline.reproducibility import EVAL_EPOCH
@@ -67,10 +69,11 @@ class EvaluationBatches:
 
     def _through_ray_data(self, num_micros: int) -> Iterator[Batch]:
         num_tasks = -(-num_micros // _MICROS_PER_TASK)
-        dataset = ray.data.range(num_tasks, override_num_blocks=num_tasks).map_batches(
+        dataset = numbered_tasks(num_tasks, self.config).map_batches(
             _load_share,
             batch_size=None,
             num_cpus=CPUS_PER_TASK,
+            **data_task_args(self.config),
             fn_kwargs={
                 "config": self.config,
                 "index_ref": [self.index_ref],  # in a list: Ray passes the reference itself

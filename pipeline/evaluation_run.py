@@ -19,7 +19,7 @@ import tyro
 
 from models.itpn import create_itpn
 from models.weights import load_weights
-from pipeline.cluster import joined_cluster
+from pipeline.cluster import joined_cluster, require_room
 from pipeline.config import InitConfig, require_positive
 from pipeline.data import Batch, made_ahead
 from pipeline.downstream.finetuned import Finetuned, load_finetuned
@@ -37,6 +37,7 @@ from pipeline.evaluation_data import share_of
 from pipeline.finetune_config import task_of
 from pipeline.frozen_features import LabelledFeatures, embed, probe_config
 from pipeline.init_weights import read_initial_weights, run_config
+from pipeline.placement import Work, remote_args, require_labels, resource_share
 from pipeline.sources import Index, build_index
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,11 @@ class EvaluateConfig:
     """Processes that share the validation set."""
     use_gpu: bool = False
     """One GPU a worker."""
+    worker_resource: str = ""
+    """Custom Ray resource of the nodes to work on, for several workers or GPUs; each takes a
+    thousandth of one."""
+    worker_labels: tuple[str, ...] = ()
+    """Labels of these nodes: KEY=VALUE, or KEY=!VALUE for all others."""
     batch_size: int = 32
     """Images at a time."""
     knn_k: Annotated[int, tyro.conf.arg(name="knn-k")] = 20
@@ -67,6 +73,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for key in ("num_workers", "batch_size", "knn_k"):
             require_positive(key, getattr(self, key))
+        require_labels("worker_labels", self.worker_labels)
 
 
 def evaluate_run(config: EvaluateConfig) -> dict[str, float]:
@@ -119,7 +126,21 @@ def _scored(config: EvaluateConfig, finetuned: Finetuned, index: Index) -> list[
         return [_score(finetuned, index, config.batch_size, 0, 1)]
     world_size = config.num_workers
     with joined_cluster(world_size):
-        score = ray.remote(_score).options(num_cpus=1, num_gpus=1 if config.use_gpu else 0)
+        require_room(
+            Work(
+                what="a worker",
+                count=1,  # where there is less room than wanted, they take turns
+                each={"CPU": 1.0, "GPU": float(config.use_gpu)}
+                | resource_share(config.worker_resource),
+                labels=config.worker_labels,
+                settings="use_gpu, worker_resource or worker_labels",
+            )
+        )
+        score = ray.remote(_score).options(
+            num_cpus=1,
+            num_gpus=1 if config.use_gpu else 0,
+            **remote_args(config.worker_resource, config.worker_labels),
+        )
         shared = [ray.put(finetuned), ray.put(index)]
         shares: list[Share] = ray.get(
             [

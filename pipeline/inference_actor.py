@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pipeline.config import require_positive
 from pipeline.data import describe_bad
 from pipeline.decoding import BadImageError
+from pipeline.placement import require_labels
 from pipeline.reading import Sample, SampleReader, UnreadableSampleError
 from pipeline.shards import SHARD_SCHEMA
 from pipeline.sources import Index
@@ -58,6 +59,10 @@ class InferenceConfig:
     """Logical CPUs of each: its threads for decoding and, without a GPU, for the model."""
     use_gpu: bool = False
     """Give each copy a GPU of its own."""
+    worker_resource: str = ""
+    """Custom Ray resource of the nodes to work on; each takes a thousandth of one."""
+    worker_labels: tuple[str, ...] = ()
+    """Labels of the nodes to work on: KEY=VALUE, or KEY=!VALUE for all others."""
     max_bad_fraction: float = 0.01
     """Share of bad images above which the job stops; one is always forgiven unless it is 0."""
 
@@ -67,6 +72,7 @@ class InferenceConfig:
                 raise ValueError(f"{key} is empty; give --{key} PATH")
         for key in ("batch_size", "num_actors", "cpus_per_actor"):
             require_positive(key, getattr(self, key))
+        require_labels("worker_labels", self.worker_labels)
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
 

@@ -20,11 +20,12 @@ import ray
 import ray.train
 import ray.train.torch
 
-from pipeline.cluster import cluster
+from pipeline.cluster import cluster, worker_resources
 from pipeline.config import TrainingConfig
 from pipeline.config_values import apply_overrides, config_to_dict
 from pipeline.logbook import Logbook, fault_metrics
 from pipeline.mlflow_run import MlflowRun
+from pipeline.placement import label_selector
 from pipeline.progress import ProgressDisplay, create_board
 from pipeline.run_folder import RunFolder
 from pipeline.run_lock import run_lock
@@ -202,7 +203,8 @@ def _fit(
             num_workers=config.scaling.num_workers,
             elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
             use_gpu=config.scaling.use_gpu,
-            resources_per_worker=_worker_resources(config),
+            resources_per_worker=worker_resources(config),
+            label_selector=label_selector(config.scaling.worker_labels) or None,
         ),
         # A name of its own each time: Ray Train would silently resume an old one, and resuming is
         # our business.
@@ -272,13 +274,6 @@ def _show_news(board: Any, display: ProgressDisplay, on_record: OnRecord | None)
         display.show(step, metrics)
         if on_record is not None:
             on_record(step, metrics)
-
-
-def _worker_resources(config: TrainingConfig) -> dict[str, float]:
-    scaling = config.scaling
-    resources = {"CPU": scaling.cpus_per_worker}
-    resources |= {"GPU": scaling.gpus_per_worker} if scaling.use_gpu else {}
-    return resources | ({scaling.worker_resource: 1.0} if scaling.worker_resource else {})
 
 
 def _root_cause(error: BaseException) -> str:

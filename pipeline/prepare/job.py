@@ -19,7 +19,8 @@ from typing import Any
 import ray.data
 
 from pipeline import storage
-from pipeline.cluster import joined_cluster
+from pipeline.cluster import joined_cluster, require_room
+from pipeline.placement import Work, remote_args, resource_share
 from pipeline.prepare.plan import finished_before, make_plan, refusal
 from pipeline.prepare.plan_folder import WORK_FOLDER, FinishedShard, Plan, PlanFolder
 from pipeline.prepare.settings import PrepareConfig, settings_diff
@@ -101,7 +102,7 @@ def _write_shards(
     try:
         _check_bad(config, plan, done)
         if todo:
-            with _tasks(folder.uri, todo, config.num_cpus, with_ray) as tasks:
+            with _tasks(config, folder.uri, todo, with_ray) as tasks:
                 for finished in tasks:
                     done[finished.number] = finished
                     progress.log(done)
@@ -124,32 +125,43 @@ def _check_bad(config: PrepareConfig, plan: Plan, done: dict[int, FinishedShard]
 
 @contextlib.contextmanager
 def _tasks(
-    out: str, todo: list[int], num_cpus: int, with_ray: bool
+    config: PrepareConfig, out: str, todo: list[int], with_ray: bool
 ) -> Iterator[Iterable[FinishedShard]]:
     """The shards to do, each yielded when it is finished."""
     if not with_ray:
         yield (write_planned_shard(out, number) for number in todo)
         return
     with (
-        joined_cluster(num_cpus),
-        contextlib.closing(_run_tasks(out, todo, num_cpus)) as tasks,
+        joined_cluster(config.num_cpus),
+        contextlib.closing(_run_tasks(config, out, todo)) as tasks,
     ):
         yield tasks
 
 
-def _run_tasks(out: str, todo: list[int], num_tasks: int) -> Generator[FinishedShard]:
+def _run_tasks(config: PrepareConfig, out: str, todo: list[int]) -> Generator[FinishedShard]:
     """Write shards in Ray Data tasks; yields each when it is finished.
 
     Raises:
+        ValueError: no node has room for a task.
         PreparationFailedError: a task could not read or write.
     """
+    require_room(
+        Work(
+            what="writing a shard",
+            count=1,  # where there is less room than wanted, fewer are written at a time
+            each={"CPU": 1.0, **resource_share(config.worker_resource)},
+            labels=config.worker_labels,
+            settings="worker_resource or worker_labels",
+        )
+    )
     # One block a shard, made here: `ray.data.range` would start tasks of its own to count.
     items = [{"number": number} for number in todo]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
         _write_shard_task,
         fn_kwargs={"out": out},
-        compute=ray.data.TaskPoolStrategy(size=min(num_tasks, len(todo))),
+        compute=ray.data.TaskPoolStrategy(size=min(config.num_cpus, len(todo))),
         num_cpus=1,
+        **remote_args(config.worker_resource, config.worker_labels),
     )
     dataset.context.enable_progress_bars = False
     for row in dataset.iter_rows():

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pipeline.placement import require_labels
+
 Kind = Literal["folder", "class-folders", "coco", "pairs", "webdataset", "parquet"]
-_RUNTIME = ("out", "num_cpus", "max_bad_fraction")
+_RUNTIME = ("out", "num_cpus", "max_bad_fraction", "worker_resource", "worker_labels")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,10 @@ class PrepareConfig:
     """Share of bad samples above which the job stops."""
     num_cpus: int = 2
     """Shards written at the same time, one CPU each."""
+    worker_resource: str = ""
+    """Custom Ray resource of the nodes to work on; each takes a thousandth of one."""
+    worker_labels: tuple[str, ...] = ()
+    """Labels of the nodes to work on: KEY=VALUE, or KEY=!VALUE for all others."""
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -83,6 +89,7 @@ class PrepareConfig:
             raise ValueError(f"seed={self.seed} must be 0 or more")
         if self.num_cpus < 1:
             raise ValueError(f"num_cpus={self.num_cpus} must be at least 1")
+        require_labels("worker_labels", self.worker_labels)
 
     def _check_kind(self) -> None:
         if self.kind not in ("auto", *get_args(Kind)):
