@@ -17,8 +17,9 @@ SOURCES = [p for room in ("models", "pipeline", "jobs") for p in (REPO_ROOT / ro
 PIPELINE = REPO_ROOT / "pipeline"
 # All other files are pure: the loops, what a task is, samples, scores, pictures, recipes, ...
 RAY_RING = set(
-    """batch_inference cluster data evaluation_data evaluation_run finetuning_run pretraining_run
-    live_metrics progress train_worker trainer prepare/job sweeps/trial_run sweeps/tuner""".split()  # noqa: SIM905
+    """batch_inference cluster data doctor evaluation_data evaluation_run finetuning_run
+    live_metrics pretraining_run progress train_worker trainer prepare/job sweeps/trial_run
+    sweeps/tuner""".split()  # noqa: SIM905
 )
 MLFLOW_RING = set(
     "tracking mlflow_delivery served_model sweeps/registry exports/mlflow_folder".split()  # noqa: SIM905

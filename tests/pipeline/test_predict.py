@@ -304,7 +304,5 @@ def test_two_actors_give_the_rows_of_the_model_in_order(
         assert_same(row, expected)
     assert len(inferred.bad) == 1 and inferred.num_pictures == len(SIZES)
 
-    with pytest.raises(
-        ValueError, match=r"takes 1 CPU, .* room for 8 of 9"
-    ):
+    with pytest.raises(ValueError, match=r"takes 1 CPU, .* room for 8 of 9"):
         predict(config(runs["detect"], folder, tmp_path / "other", num_actors=9))
