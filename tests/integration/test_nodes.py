@@ -131,7 +131,7 @@ def test_preparing_and_embedding_stay_on_the_nodes_they_are_told(
     embed(EmbedConfig(
         run={str(tmp_path / "w.safetensors")!r}, model_name="itpn_debug", image_size=64,
         images={str(tmp_path / "set" / "train")!r}, out={str(tmp_path / "vectors")!r},
-        num_actors=2, num_pictures=0, num_neighbours=0, worker_labels=("role=trainer",)))
+        num_actors=2, batch_size=4, num_pictures=0, num_neighbours=0, worker_labels=("role=trainer",)))
     roles = {{node["NodeID"]: node["Labels"].get("role", "head") for node in ray.nodes()}}
     mine = [("job_id", "=", ray.get_runtime_context().get_job_id())]
     tasks = [(t.name, roles[t.node_id])
@@ -209,3 +209,37 @@ def test_a_run_that_may_wait_begins_when_the_node_has_come(two_kinds: Nodes):
     finally:
         adder.join()
         two_kinds.cluster.remove_node(added[0])
+
+
+def test_the_doctor_finds_the_node_that_has_another_version_or_a_small_object_store(
+    two_kinds: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One more node, whose Python finds another timm; all stores of these tests are small."""
+    metadata = tmp_path / "older" / "timm-0.0.1.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: timm\nVersion: 0.0.1\n")
+    with monkeypatch.context() as on_that_node:
+        path = f"{metadata.parents[1]}:{two_kinds.environment['PYTHONPATH']}"
+        on_that_node.setenv("PYTHONPATH", path)
+        odd = two_kinds.cluster.add_node(num_cpus=1, object_store_memory=2**29)
+    try:
+        report = tmp_path / "found.json"
+        script = f"""
+        from pipeline.doctor import DoctorConfig, examine
+        examine(DoctorConfig(storage_path={str(tmp_path / "runs")!r}, json={str(report)!r}))
+        """
+        run_script(script, two_kinds.environment)
+    finally:
+        two_kinds.cluster.remove_node(odd)
+    told = json.loads(report.read_text())
+    by_check: dict[str, dict[str, str]] = {}
+    for finding in told["findings"]:
+        by_check.setdefault(finding["check"], {})[finding["node"]] = finding["status"]
+        if finding["check"] == "versions" and finding["status"] == "fail":
+            assert "timm 0.0.1 (driver: " in finding["found"]
+    assert told["status"] == "fail"
+    assert sorted(by_check["versions"].values()) == ["fail", "ok", "ok", "ok"]
+    assert sorted(by_check["object store"].values()) == ["fail", "fail", "fail", "ok"]
+    shared = by_check[f"shared {tmp_path / 'runs'}"]
+    assert len(shared) == 4 and set(shared.values()) == {"ok"}, "each read the files of all"
+    assert set(by_check["clock"].values()) == {"ok"}
