@@ -6,9 +6,9 @@ Every node has CPUs to spare for all of it, so that only the placement keeps wor
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,7 +131,8 @@ def test_preparing_and_embedding_stay_on_the_nodes_they_are_told(
     embed(EmbedConfig(
         run={str(tmp_path / "w.safetensors")!r}, model_name="itpn_debug", image_size=64,
         images={str(tmp_path / "set" / "train")!r}, out={str(tmp_path / "vectors")!r},
-        num_actors=2, batch_size=4, num_pictures=0, num_neighbours=0, worker_labels=("role=trainer",)))
+        num_actors=2, batch_size=4, num_pictures=0, num_neighbours=0,
+        worker_labels=("role=trainer",)))
     roles = {{node["NodeID"]: node["Labels"].get("role", "head") for node in ray.nodes()}}
     mine = [("job_id", "=", ray.get_runtime_context().get_job_id())]
     tasks = [(t.name, roles[t.node_id])
@@ -194,21 +195,21 @@ def test_a_placement_that_no_node_offers_is_refused_at_once_with_what_there_is(t
 
 def test_a_run_that_may_wait_begins_when_the_node_has_come(two_kinds: Nodes):
     late = [{"scaling.worker_labels": ["role=late"], "scaling.wait_for_nodes_s": 120.0}]
-    added: list[Any] = []
-
-    def add() -> None:
+    script = _REFUSED.format(settings=json.dumps(late))
+    with ThreadPoolExecutor(1) as driver:
+        run = driver.submit(run_script, script, two_kinds.environment)
         time.sleep(8)
-        kind = {"resources": {"trainer": 1}, "labels": {"role": "late"}}
-        added.append(two_kinds.cluster.add_node(num_cpus=1, object_store_memory=2**27, **kind))
-
-    adder = threading.Thread(target=add)
-    adder.start()
-    try:
-        script = _REFUSED.format(settings=json.dumps(late))
-        assert run_script(script, two_kinds.environment).split() == ["taken"]
-    finally:
-        adder.join()
-        two_kinds.cluster.remove_node(added[0])
+        assert not run.done(), run.exception()
+        node = two_kinds.cluster.add_node(
+            num_cpus=1,
+            object_store_memory=2**27,
+            resources={"trainer": 1},
+            labels={"role": "late"},
+        )
+        try:
+            assert run.result(200).split() == ["taken"]
+        finally:
+            two_kinds.cluster.remove_node(node)
 
 
 def test_the_doctor_finds_the_node_that_has_another_version_or_a_small_object_store(

@@ -31,10 +31,20 @@ _START_TIMEOUT_S = 120.0
 
 
 class MlflowServer:
-    """`mlflow server` with SQLite on a port of its own; dies by SIGKILL, may be started again."""
+    """`mlflow server` on a port of its own; dies by SIGKILL, may be started again.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: for its files.
+        store: database it writes to; empty: SQLite.
+        environment: of its process, besides this one's.
+    """
+
+    def __init__(
+        self, folder: Path, store: str = "", environment: dict[str, str] | None = None
+    ) -> None:
         self.folder = folder
+        self._store = store or f"sqlite:///{folder / 'server.db'}"
+        self._environment = environment or {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -45,7 +55,7 @@ class MlflowServer:
         """Start, and wait until it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        command += ["--backend-store-uri", self._store]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -53,7 +63,11 @@ class MlflowServer:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # so that its children can be killed with it
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                env={
+                    **os.environ,
+                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                    **self._environment,
+                },
             )
         wait_until(self._answers, _START_TIMEOUT_S, "the MLflow server answers")
 
