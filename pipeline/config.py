@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.credentials import require_no_password
 from pipeline.placement import require_labels
 
 PATCH_SIZE = 16
@@ -90,6 +91,7 @@ class RunConfig:
                 f"run.checkpoint_path='{path}' would be another folder on every worker; give an "
                 "absolute path or a URI such as s3://bucket/folder"
             )
+        require_no_password("run.checkpoint_path", path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +155,8 @@ class SampleConfig:
                 f"data.num_cpus={self.num_cpus} must be >= 0; 0 decodes in the training workers"
             )
         require_labels("data.worker_labels", self.worker_labels)
+        require_no_password("data.path", self.path)
+        require_no_password("data.val_path", self.val_path)
 
     @property
     def num_patches(self) -> int:
@@ -268,7 +272,7 @@ class TrackingConfig:
     """MLflow."""
 
     uri: str = ""
-    """MLflow tracking URI; empty: SQLite under run.storage_path."""
+    """MLflow tracking URI; empty: that of MLFLOW_TRACKING_URI, or SQLite under run.storage_path."""
     experiment: str = "itpn-pretrain"
     """MLflow experiment."""
     parent_run_id: str = ""
@@ -280,6 +284,9 @@ class TrackingConfig:
     """Copy the newest checkpoint to the run's artifacts when the run ends."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use of the host of worker 0."""
+
+    def __post_init__(self) -> None:
+        require_no_password("tracking.uri", self.uri)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,6 +333,9 @@ class InitConfig:
     local or a URI; 'scratch' for random weights."""
     neck: bool = True
     """Load the pre-trained neck too, not only the backbone."""
+
+    def __post_init__(self) -> None:
+        require_no_password("init", self.path)
 
     @property
     def is_scratch(self) -> bool:

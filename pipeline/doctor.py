@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import doctor_node
 from pipeline.cluster import QUIET_ENV, joined_cluster
 from pipeline.config import require_positive
+from pipeline.credentials import require_no_password
 from pipeline.doctor_findings import (
     Finding,
     judge_clock,
@@ -58,6 +59,8 @@ class DoctorConfig:
 
     def __post_init__(self) -> None:
         require_positive("timeout_s", self.timeout_s)
+        for key in ("checkpoint_path", "data", "tracking_uri"):
+            require_no_password(key, getattr(self, key))
 
 
 class _NodeDoctor:

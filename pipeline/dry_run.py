@@ -189,9 +189,9 @@ def _check_storage(folder: RunFolder) -> str:
 
 
 def _check_mlflow(config: TrainingConfig, folder: RunFolder) -> str:
-    uri = config.tracking.uri
-    if not uri:
-        return f"{tracking.default_tracking_uri(folder.storage_path)} (written when the run starts)"
+    uri = tracking.tracking_uri(config.tracking.uri, folder.storage_path)
+    if uri == tracking.default_tracking_uri(folder.storage_path):
+        return f"{uri} (written when the run starts)"
     try:
         connect(uri).search_experiments(max_results=1)
     except Exception as error:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import require_positive
+from pipeline.credentials import require_no_password
 from pipeline.data import describe_bad
 from pipeline.decoding import BadImageError
 from pipeline.placement import require_labels
@@ -70,6 +71,7 @@ class InferenceConfig:
         for key in ("images", "out"):
             if not getattr(self, key):
                 raise ValueError(f"{key} is empty; give --{key} PATH")
+            require_no_password(key, getattr(self, key))
         for key in ("batch_size", "num_actors", "cpus_per_actor"):
             require_positive(key, getattr(self, key))
         require_labels("worker_labels", self.worker_labels)

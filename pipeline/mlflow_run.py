@@ -33,7 +33,7 @@ class MlflowRun:
     def __init__(self, config: TrainingConfig, folder: RunFolder) -> None:
         self.config = config
         self.folder = folder
-        self.uri = config.tracking.uri or tracking.default_tracking_uri(folder.storage_path)
+        self.uri = tracking.tracking_uri(config.tracking.uri, folder.storage_path)
 
     def deliver_late(self) -> None:
         """Deliver what MLflow could not take at the end of a finished run; else do nothing.

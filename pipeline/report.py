@@ -92,7 +92,7 @@ def _ending(config: TrainingConfig, summary: dict[str, Any], kind: str, weights:
     if summary["bad_samples"]:
         shown = ", ".join(summary["bad_samples"][:5])
         lines.append(f"bad samples, left out and listed in quarantine.parquet: {shown}")
-    uri = config.tracking.uri or tracking.default_tracking_uri(folder.storage_path)
+    uri = tracking.tracking_uri(config.tracking.uri, folder.storage_path)
     pictures = sorted((folder.path / kind).glob("*.png"))
     return [
         *lines,

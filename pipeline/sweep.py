@@ -119,7 +119,7 @@ def create_plan(base: FinetuneConfig, sweep: SweepConfig, axes: tuple[Axis, ...]
             sweep.
     """
     storage = Path(base.run.storage_path).absolute()
-    uri = base.tracking.uri or tracking.default_tracking_uri(storage)
+    uri = tracking.tracking_uri(base.tracking.uri, storage)
     settled = apply_overrides(base, {"run.storage_path": str(storage), "tracking.uri": uri})
     plan = SweepPlan(settled, sweep, axes, metric="")
     check_space(axes, settled)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.credentials import require_no_password
 from pipeline.metrics_file import MetricsFile, read_records
 from pipeline.mlflow_delivery import KnownSteps, MlflowDelivery, connect, points_of, reason
 
@@ -31,11 +32,23 @@ PROFILES = "profiles"
 """Likewise, of profiles."""
 _CLOSE_PAUSES_S = (1.0, 3.0)
 _KEY_TAG = "itpn_key"
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 def default_tracking_uri(storage_path: Path) -> str:
     """SQLite file under the run storage."""
     return f"sqlite:///{storage_path.absolute() / 'mlflow.db'}"
+
+
+def tracking_uri(given: str, storage_path: Path) -> str:
+    """The URI that was given, or that of the environment, or a SQLite file under the run storage.
+
+    Raises:
+        ValueError: the one of the environment holds a password.
+    """
+    uri = given or os.environ.get(URI_VARIABLE, "")
+    require_no_password(URI_VARIABLE, uri)
+    return uri or default_tracking_uri(storage_path)
 
 
 def new_key() -> str:

@@ -29,6 +29,12 @@ def two_threads() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs look at this variable, and `mlflow.set_tracking_uri` sets it; no test inherits it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For runs of a tiny model: two threads wait longer for each other than they compute, and 20

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pipeline.credentials import require_no_password
 from pipeline.placement import require_labels
 
 Kind = Literal["folder", "class-folders", "coco", "pairs", "webdataset", "parquet"]
@@ -68,6 +69,8 @@ class PrepareConfig:
                 f"split_name='{self.split_name}' must be a plain folder name that starts with "
                 "neither '.' nor '_'; use e.g. 'train'"
             )
+        for key in ("out", "source", "images", "masks"):
+            require_no_password(key, getattr(self, key))
         self._check_numbers()
         self._check_kind()
 

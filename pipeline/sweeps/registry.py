@@ -7,12 +7,14 @@ that was finished before, it registers nothing twice; a detector it does not reg
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.downstream.finetuned import Finetuned, load_finetuned
 from pipeline.served_model import ServedModel, quiet_mlflow, serving_arguments
+from pipeline.tracking import URI_VARIABLE
 
 _TRIAL_TAG = "trial_run_id"
 
@@ -68,10 +70,12 @@ def _tracked_at(uri: str) -> Iterator[None]:
     """MLflow's global URI, for as long as it takes; the registry follows it."""
     import mlflow
 
-    before = mlflow.get_tracking_uri()
+    before, variable = mlflow.get_tracking_uri(), os.environ.get(URI_VARIABLE)
     mlflow.set_tracking_uri(uri)
     try:
         with quiet_mlflow():
             yield
     finally:
         mlflow.set_tracking_uri(before)
+        if variable is None:  # setting it has set the variable, which runs look at
+            os.environ.pop(URI_VARIABLE, None)

@@ -49,8 +49,8 @@ class Postgres:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.uri = f"postgresql://mlflow@127.0.0.1:{self.port}/mlflow"
-        """Without the password, which libpq takes from PGPASSWORD."""
+        self.uri = f"postgresql+psycopg2://mlflow@127.0.0.1:{self.port}/mlflow"
+        """Names the driver: SQLAlchemy 2.1 would take psycopg 3. The password is in PGPASSWORD."""
         self._process: subprocess.Popen[bytes] | None = None
         self._programs = copy_programs(self.root)
         (self.root / "password").write_text(self.password)
@@ -60,6 +60,13 @@ class Postgres:
             self._user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             for path in (self.root, *self.root.rglob("*")):
                 os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+        try:
+            self._create()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _create(self) -> None:
         self._call("initdb", "--auth=scram-sha-256", "--username=mlflow", "--no-sync", "-D", "data",
                    "--pwfile=password")  # fmt: skip
         self.start()
