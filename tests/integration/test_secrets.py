@@ -79,7 +79,7 @@ def test_a_run_writes_and_prints_no_secret_of_its_environment(
     found = files_with([*SECRETS.values(), CONTROL], tmp_path, ray_folder)
     names = set(found.pop(CONTROL))
     assert {"config.json", "mlflow.db", "summary.json"} <= names and CONTROL in printed
-    assert any(name.endswith((".log", ".out", ".err")) for name in names), "Ray's logs, too"
+    assert any(path.stat().st_size for path in ray_folder.rglob("*.out")), "of Ray, too"
     assert found == {}
     written = {path.name for path in (tmp_path / CONTROL).rglob("*")}
     assert {"environment.json", "metrics.jsonl", "events.jsonl", "encoder.safetensors"} <= written
@@ -93,9 +93,10 @@ def test_a_run_writes_and_prints_no_secret_of_its_environment(
         (["--data.path", f"s3://id:{PASSWORD}@bucket/images"], {}),
         ([], {"MLFLOW_TRACKING_URI": f"https://me:{PASSWORD}@127.0.0.1:1/"}),
         (["--tracking.uri", "http://127.0.0.1:{free}"], {}),  # nobody there to take the password
-        (
+        pytest.param(
             ["--data.path", "s3://bucket/images"],
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:{free}", "AWS_DEFAULT_REGION": "us-east-1"},
+            marks=pytest.mark.faults,  # retried for half a minute
         ),
     ],
     ids=["tracking-uri", "data-uri", "variable", "dead-mlflow", "dead-s3"],
