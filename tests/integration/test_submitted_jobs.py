@@ -12,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from ray._private.runtime_env.packaging import create_package
 
+from pipeline.shards import MANIFEST_FILE
 from tests.conftest import REPO_ROOT
 from tests.integration.ray_head import RayHead
 from tests.pipeline.labelled_sets import write_labelled_set
@@ -62,7 +63,7 @@ def test_every_job_runs_as_submitted_one_after_another_on_what_the_others_wrote(
     submitted(head, *doctor, says="what to fix")
     prepared = tmp_path / "prepared"
     submitted(head, "jobs/prepare_data.py", "--source", str(image_folder), "--out", str(prepared))
-    assert (prepared / "train" / "manifest.json").exists()
+    assert (prepared / "train" / MANIFEST_FILE).exists()
 
     # The tracking URI comes from the environment of the job.
     store = f"sqlite:///{tmp_path / 'tracked.db'}"
