@@ -23,7 +23,7 @@ from tests.pipeline.samples import encode, noise_image
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the tasks of a preparation one by one in this process."""
 
-    def run_tasks(out: str, todo: list[int], num_tasks: int) -> Any:
+    def run_tasks(config: PrepareConfig, out: str, todo: list[int]) -> Any:
         for number in todo:
             row = driver._write_shard_task({"number": number}, out=out)
             if row["error"]:

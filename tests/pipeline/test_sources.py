@@ -311,7 +311,7 @@ def test_what_a_killed_preparation_leaves_is_refused_wherever_it_stopped(
     out = tmp_path / "out"
     config = PrepareConfig(source=str(folder), out=str(out), shard_mb=1e-9)
 
-    def tasks(uri: str, todo: list[int], num_tasks: int) -> object:
+    def tasks(config: PrepareConfig, uri: str, todo: list[int]) -> object:
         assert len(todo) > 2
         raise KilledError
 
