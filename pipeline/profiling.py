@@ -50,12 +50,21 @@ class StepProfiler:
             if step >= self._steps[-1]:
                 self.close()
         elif step + 1 in self._steps:
-            activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(ProfilerActivity.CUDA)
-            self._first, self._last = step + 1, step
-            self._profile = profile(activities=activities)
-            self._profile.start()
+            self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        self._first, self._last = step + 1, step
+        started = profile(activities=activities)
+        try:
+            started.start()
+        except RuntimeError as error:  # counters of a GPU may be somebody else's
+            logger.warning("no profile: %s; training goes on", error)
+            self._steps = range(0)
+        else:
+            self._profile = started
 
     def close(self) -> None:
         """Write what has been profiled, if anything; a failure is a warning."""

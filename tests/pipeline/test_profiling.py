@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from torch.profiler import profile
 
 from pipeline.config import parse_profile_steps
 from pipeline.config_values import apply_overrides, config_diff, config_to_dict
@@ -92,6 +93,21 @@ def test_a_full_disk_costs_the_trace_and_not_the_run(
             LocalRun(short, tmp_path / "checkpoints", on_step=profiler.after_step)()["steps"] == 6
         )
     assert "profile was not written" in caplog.text
+
+
+def test_a_profiler_that_does_not_start_costs_the_trace_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(_: profile) -> None:
+        raise RuntimeError("CUPTI is in use")
+
+    monkeypatch.setattr(profile, "start", busy)
+    profiler = StepProfiler(range(1, 4), tmp_path / "profiles", lambda file: None)
+    for step in range(4):
+        profiler.after_step(step)
+    profiler.close()
+    assert caplog.text.count("no profile: CUPTI is in use") == 1
+    assert not (tmp_path / "profiles").exists()
 
 
 @pytest.mark.parametrize("text", ["10", "15:10", "0:3", "a:b", "10:15:20", "-1:4"])
