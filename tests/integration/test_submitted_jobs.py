@@ -1,4 +1,7 @@
-"""Every job through `ray job submit`, to a head that asks for a token."""
+"""Jobs through `ray job submit`, to a head that asks for a token.
+
+Sweeps, the demo of fine-tuning and a successful replay are run by their own tests, unsubmitted.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def submitted(head: RayHead, *job: str, says: str = "") -> str:
 
 @pytest.mark.faults
 @pytest.mark.timeout(900)
-def test_every_job_runs_as_submitted_one_after_another_on_what_the_others_wrote(
+def test_jobs_run_as_submitted_one_after_another_on_what_the_others_wrote(
     head: RayHead, image_folder: Path, tmp_path: Path
 ):
     runs, labelled = tmp_path / "runs", tmp_path / "labelled"
