@@ -15,6 +15,8 @@ from PIL import Image
 from pipeline.config_values import apply_overrides
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import debug
+from tests.s3_proxy import FaultProxy, fault_proxy
+from tests.s3_server import S3Server, environment, s3_server
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 # Where nobody looks at a new counterexample, the same examples every time.
@@ -86,3 +88,19 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A real S3 server for the session, with one bucket."""
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def faulty_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """The server behind a proxy that has no faults yet; this process's environment names it."""
+    with fault_proxy(s3.url) as proxy:
+        for name, value in environment(proxy.url).items():
+            monkeypatch.setenv(name, value)
+        yield proxy

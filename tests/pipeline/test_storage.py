@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from pyarrow import fs
 
 from pipeline import storage
-from pipeline.storage import StorageUnavailableError, open_retrying, read_bytes, with_retries
+from pipeline.storage import (
+    StorageRefusedError,
+    StorageUnavailableError,
+    open_retrying,
+    read_bytes,
+    with_retries,
+)
 from tests.pipeline.storage_faults import Outage, install, lost_connection
 
 LOCAL = fs.LocalFileSystem()
@@ -69,10 +75,14 @@ def test_absence_is_raised_at_once(kind: type[OSError], pauses: list[float]) -> 
     assert not pauses
 
 
-def test_access_denied_by_an_object_store_is_no_permission(pauses: list[float]) -> None:
-    denied = OSError("When reading: AWS Error ACCESS_DENIED during GetObject")
-    with pytest.raises(PermissionError, match=r"s3://b/a.jpg: .*ACCESS_DENIED"):
-        with_retries(failing(1, denied), "s3://b/a.jpg")
+@pytest.mark.parametrize("code", ["ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "NO_SUCH_BUCKET"])
+def test_a_store_that_refuses_is_no_property_of_a_file_and_not_asked_again(
+    code: str, pauses: list[float]
+) -> None:
+    refused = OSError(f"When reading: AWS Error {code} during GetObject")
+    with pytest.raises(StorageRefusedError, match=rf"reading s3://b/a.jpg failed: .*{code}") as e:
+        with_retries(failing(1, refused), "s3://b/a.jpg")
+    assert not isinstance(e.value, storage.ABSENT_ERRORS), "which would make the sample bad"
     assert not pauses
 
 
