@@ -143,8 +143,7 @@ class Checkpointer:
         local = Path(self._downloads.name) / _name(step)
         local.mkdir(exist_ok=True)
         for name in (MANIFEST_FILE, *self._files):
-            content = storage.read_bytes(self._filesystem, f"{remote}/{name}")
-            (local / name).write_bytes(content)
+            storage.download(self._filesystem, f"{remote}/{name}", local / name)
         return local
 
     def _write(
@@ -204,12 +203,8 @@ class Checkpointer:
             num_bytes = self._fill(Path(local), step, state, weights)
             self._remove(step)
             try:
-                for name in (
-                    *self._files,
-                    MANIFEST_FILE,
-                ):  # it comes last: it makes the others valid
-                    content = (Path(local) / name).read_bytes()
-                    storage.write_bytes(self._filesystem, f"{remote}/{name}", content)
+                for name in (*self._files, MANIFEST_FILE):  # which makes the others valid
+                    storage.upload(self._filesystem, f"{remote}/{name}", Path(local) / name)
             except Exception:
                 with contextlib.suppress(Exception):  # the store may be gone altogether
                     self._remove(step)
@@ -252,18 +247,13 @@ class Checkpointer:
             shutil.rmtree(Path(self._root) / _name(step), ignore_errors=True)
             return
         folder = f"{self._root}/{_name(step)}"
-        manifest = f"{folder}/{MANIFEST_FILE}"
-        if self._filesystem.get_file_info(manifest).type != fs.FileType.NotFound:
-            self._filesystem.delete_file(manifest)  # first: without it nothing else counts
-        if self._filesystem.get_file_info(folder).type != fs.FileType.NotFound:
-            self._filesystem.delete_dir(folder)
+        # First: without it nothing else counts.
+        storage.delete_file(self._filesystem, f"{folder}/{MANIFEST_FILE}")
+        storage.delete_folder(self._filesystem, folder)
 
     def _steps(self) -> list[int]:
         """Steps of the folders there are, oldest first."""
-        selector = fs.FileSelector(self._root, allow_not_found=True)
-        found = storage.with_retries(
-            lambda: self._filesystem.get_file_info(selector), self.location
-        )
+        found = storage.list_folder(self._filesystem, self._root)
         names = [info.base_name for info in found if info.type == fs.FileType.Directory]
         return sorted(int(n[5:]) for n in names if n.startswith("step_") and n[5:].isdigit())
 

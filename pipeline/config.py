@@ -85,6 +85,12 @@ class RunConfig:
             require_not_negative(f"run.{key}", getattr(self, key))
         require_choice("run.on_checkpoint_error", self.on_checkpoint_error, ("continue", "stop"))
         parse_profile_steps(self.profile_steps)
+        if "://" in self.storage_path:
+            raise ValueError(
+                f"run.storage_path='{self.storage_path}' must be a folder on a disk, or one that "
+                "nodes share: files there are appended to and locked. Give one, and put what is "
+                "large on object storage with --run.checkpoint-path and --tracking.artifact-root"
+            )
         path = self.checkpoint_path
         if path and not path.startswith("/") and "://" not in path:
             raise ValueError(
@@ -275,6 +281,9 @@ class TrackingConfig:
     """MLflow tracking URI; empty: that of MLFLOW_TRACKING_URI, or SQLite under run.storage_path."""
     experiment: str = "itpn-pretrain"
     """MLflow experiment."""
+    artifact_root: str = ""
+    """Where the experiment keeps artifacts, if this run creates it: a folder or a URI such as
+    s3://bucket/mlflow; empty: mlartifacts under run.storage_path, or what a server decides."""
     parent_run_id: str = ""
     """MLflow run this one is shown under; sweeps set it."""
     varied: tuple[str, ...] = ()

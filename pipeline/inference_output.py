@@ -73,7 +73,7 @@ class InferenceOutput:
             )
         for name in sorted(names):
             if self._is_ours(name):
-                self._filesystem.delete_file(f"{self._root}/{name}")
+                storage.delete_file(self._filesystem, f"{self._root}/{name}")
         self._write_json(UNFINISHED_FILE, settings)
 
     def add(self, rows: pa.Table) -> None:
@@ -122,7 +122,7 @@ class InferenceOutput:
         if not self.shards:
             self._write_shard(schema.empty_table())
         self._write_json(FINISHED_FILE, {"num_rows": self.num_rows, **facts, "shards": self.shards})
-        self._filesystem.delete_file(f"{self._root}/{UNFINISHED_FILE}")
+        storage.delete_file(self._filesystem, f"{self._root}/{UNFINISHED_FILE}")
 
     def _write_shard(self, table: pa.Table) -> None:
         name = f"{self.kind}-{len(self.shards):05d}.parquet"

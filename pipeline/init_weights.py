@@ -67,7 +67,7 @@ def read_initial_weights(init: InitConfig, setting: str = "--init") -> InitialWe
     if init.is_scratch:
         return InitialWeights(None, "random weights (--init scratch)")
     filesystem, root = storage.resolve(path)
-    info = storage.with_retries(lambda: filesystem.get_file_info(root), path)
+    info = storage.info_of(filesystem, root)
     if info.type == fs.FileType.NotFound:
         raise FileNotFoundError(f"{setting} '{path}' does not exist; give a run folder or a file")
     facts = run_config(path)
@@ -95,7 +95,7 @@ def run_config(path: str) -> dict[str, Any]:
         root = root.rpartition("/")[0]
     for folder in (root, "/".join(root.split("/")[:-2])):
         file = f"{folder}/{CONFIG_FILE}"
-        if filesystem.get_file_info(file).type == fs.FileType.File:
+        if storage.info_of(filesystem, file).type == fs.FileType.File:
             values: dict[str, Any] = json.loads(storage.read_bytes(filesystem, file))
             return values
     return {}
@@ -104,11 +104,11 @@ def run_config(path: str) -> dict[str, Any]:
 def _weights_in(filesystem: fs.FileSystem, root: str, given: str) -> str:
     """The encoder of a run folder or checkpoint; of an unfinished run the newest checkpoint's."""
     here = f"{root}/{ENCODER_FILE}"
-    if filesystem.get_file_info(here).type == fs.FileType.File:
+    if storage.info_of(filesystem, here).type == fs.FileType.File:
         return here
     folder = f"{root}/checkpoints"
-    selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
-    found = [info.path.removeprefix(folder) for info in filesystem.get_file_info(selector)]
+    listed = storage.list_folder(filesystem, folder, recursive=True)
+    found = [info.path.removeprefix(folder) for info in listed]
     encoders = sorted(p for p in found if p.endswith(f"/{ENCODER_FILE}") and "/." not in p)
     if encoders:
         return folder + encoders[-1]
@@ -144,7 +144,7 @@ def read_tensors(filesystem: fs.FileSystem, path: str, setting: str) -> dict[str
             return read_state_dict(path)
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / path.rsplit("/", 1)[-1]
-            local.write_bytes(storage.read_bytes(filesystem, path))
+            storage.download(filesystem, path, local)
             return read_state_dict(local)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         reason = (

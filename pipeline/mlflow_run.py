@@ -85,6 +85,7 @@ class MlflowRun:
             run_id = tracking.open_run(
                 self.uri,
                 experiment=config.tracking.experiment,
+                artifact_root=config.tracking.artifact_root,
                 artifact_folder=self.folder.storage_path / "mlartifacts",
                 name=config.run.name,
                 run_id=known_id,

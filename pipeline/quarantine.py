@@ -71,7 +71,8 @@ def read_quarantine(path: str) -> list[BadSample]:
     filesystem, inner = storage.resolve(path)
     if not storage.list_files(filesystem, inner):
         return []
-    table = pq.read_table(inner, filesystem=filesystem, schema=_SCHEMA)
+    with storage.open_retrying(filesystem, inner) as file:
+        table = pq.read_table(file, schema=_SCHEMA)
     return [BadSample(**row) for row in table.to_pylist()]
 
 

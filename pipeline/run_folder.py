@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.artifact_store import check_artifact_root
 from pipeline.checkpoint import ENCODER_FILE, MODEL_FILE
 from pipeline.config import TrainingConfig
 from pipeline.config_values import config_diff, config_from_dict, config_to_dict
@@ -50,7 +51,7 @@ class RunFolder:
 
         Raises:
             ValueError: the run is finished, was started with another configuration, or has no place
-                for its checkpoints.
+                for its checkpoints or artifacts.
         """
         storage.resolve(self.checkpoints)
         name = self.config.run.name
@@ -61,6 +62,10 @@ class RunFolder:
                 "and pass a larger --optim.num-steps with --run.allow-config-change"
             )
         self.check_config()
+        # Across a network this is asked before training: hours later is too late to learn it.
+        if self.config.run.checkpoint_path:
+            storage.check_writable(self.checkpoints, "run.checkpoint_path")
+        check_artifact_root(self.config.tracking.artifact_root)
 
     def check_config(self) -> None:
         """Refuse a folder that another configuration began.

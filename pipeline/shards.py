@@ -87,7 +87,7 @@ class Manifest:
             ValueError: a manifest of another schema version, or one that is no manifest.
         """
         path = f"{folder}/{MANIFEST_FILE}"
-        if filesystem.get_file_info(path).type != fs.FileType.File:
+        if storage.info_of(filesystem, path).type != fs.FileType.File:
             return None
         try:
             values = json.loads(storage.read_bytes(filesystem, path))

@@ -78,12 +78,15 @@ def build_index(path: str, setting: str = "data.path", max_bad_fraction: float =
         FileNotFoundError: the path does not exist.
     """
     filesystem, root = storage.resolve(path)
-    kind = storage.with_retries(lambda: filesystem.get_file_info(root).type, path)
+    try:
+        kind = storage.info_of(filesystem, root).type
+    except storage.StorageRefusedError as error:
+        raise storage.StorageRefusedError(f"{setting}='{path}': {error}") from error
     if kind == fs.FileType.NotFound:
         raise FileNotFoundError(
             f"{setting}='{path}' does not exist; give a folder of images or Parquet files"
         )
-    files = storage.with_retries(lambda: storage.list_files(filesystem, root), path)
+    files = storage.list_files(filesystem, root)
     where = root if storage.is_local(filesystem) else path.rstrip("/")
     if kind == fs.FileType.File:
         root, where = root.rsplit("/", 1)[0], where.rsplit("/", 1)[0]

@@ -114,8 +114,9 @@ def delete_file(filesystem: fs.FileSystem, path: str) -> None:
     """Delete a file; one that is not there is fine: an answer may have got lost."""
 
     def delete() -> None:
-        with contextlib.suppress(FileNotFoundError):
-            filesystem.delete_file(path)
+        if filesystem.get_file_info(path).type != fs.FileType.NotFound:
+            with contextlib.suppress(FileNotFoundError):
+                filesystem.delete_file(path)
 
     _delete(filesystem, path, delete)
 

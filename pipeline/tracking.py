@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.artifact_store import require_client
 from pipeline.credentials import require_no_password
 from pipeline.metrics_file import MetricsFile, read_records
 from pipeline.mlflow_delivery import KnownSteps, MlflowDelivery, connect, points_of, reason
@@ -33,6 +34,10 @@ PROFILES = "profiles"
 _CLOSE_PAUSES_S = (1.0, 3.0)
 _KEY_TAG = "itpn_key"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+
+
+class _ArtifactLocationError(ValueError):
+    """Artifacts cannot go where they should."""
 
 
 def default_tracking_uri(storage_path: Path) -> str:
@@ -66,6 +71,7 @@ def open_run(
     key: str,
     params: dict[str, Any],
     tags: dict[str, str],
+    artifact_root: str = "",
 ) -> str:
     """Create an MLflow run, or reopen one; returns its id.
 
@@ -81,6 +87,7 @@ def open_run(
             before a kill is taken instead of a second one.
         params: configuration, logged once.
         tags: facts that may change between restarts.
+        artifact_root: where the experiment keeps artifacts instead; a folder or a URI.
 
     Raises:
         ValueError: a new run cannot be created, or MLflow does not know the one to continue.
@@ -89,8 +96,14 @@ def open_run(
         _reopen(uri, run_id, tags)
         return run_id
     try:
-        return _create(uri, experiment, artifact_folder, name, key, params, tags)
+        location = artifact_folder.absolute().as_uri() if uri.startswith("sqlite:") else None
+        if artifact_root:
+            is_folder = "://" not in artifact_root
+            location = Path(artifact_root).absolute().as_uri() if is_folder else artifact_root
+        return _create(uri, experiment, location, bool(artifact_root), name, key, params, tags)
     except Exception as error:
+        if isinstance(error, _ArtifactLocationError):
+            raise
         way_out = "start the server, or pass --tracking.uri '' to log into SQLite"
         if uri.startswith("sqlite:"):
             way_out = "make that file writable and give it room, or choose another --tracking.uri"
@@ -103,7 +116,8 @@ def open_run(
 def _create(
     uri: str,
     experiment: str,
-    artifact_folder: Path,
+    location: str | None,
+    is_location_given: bool,
     name: str,
     key: str,
     params: dict[str, Any],
@@ -112,8 +126,7 @@ def _create(
     from mlflow.entities import Param
 
     client = connect(uri)
-    location = artifact_folder.absolute().as_uri() if uri.startswith("sqlite:") else None
-    experiment_id = _experiment_id(client, experiment, location)
+    experiment_id = _experiment_id(client, experiment, location, is_location_given)
     runs = client.search_runs([experiment_id], f"tags.{_KEY_TAG} = '{key}'", max_results=1)
     if not runs:
         runs = [client.create_run(experiment_id, run_name=name, tags={_KEY_TAG: key})]
@@ -122,6 +135,10 @@ def _create(
         entries = [Param(key, str(value)[:_MAX_PARAM_CHARS]) for key, value in params.items()]
         client.log_batch(run_id, params=entries)
         _set_tags(client, run_id, tags)
+        try:
+            require_client(str(client.get_run(run_id).info.artifact_uri))
+        except ValueError as error:
+            raise _ArtifactLocationError(str(error)) from error
     except BaseException:
         with contextlib.suppress(Exception):  # nobody will come back to half a run
             client.delete_run(run_id)
@@ -129,7 +146,9 @@ def _create(
     return run_id
 
 
-def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str:
+def _experiment_id(
+    client: MlflowClient, name: str, location: str | None, is_location_given: bool
+) -> str:
     """Of the experiment of this name, which is created where there is none."""
     from mlflow.exceptions import MlflowException
 
@@ -142,6 +161,12 @@ def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str
             if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
                 raise
             # A run that began at the same moment was quicker.
+    kept_in = str(found.artifact_location).rstrip("/")
+    if is_location_given and location is not None and kept_in != location.rstrip("/"):
+        raise _ArtifactLocationError(
+            f"tracking.artifact_root='{location}', but the experiment '{name}' keeps its artifacts "
+            f"in {kept_in}; leave it out, or give another --tracking.experiment"
+        )
     return str(found.experiment_id)
 
 

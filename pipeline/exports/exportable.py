@@ -233,7 +233,7 @@ def _facts(folder: str, name: str) -> dict[str, Any]:
         return {}
     filesystem, root = storage.resolve(folder)
     file = f"{root}/{name}"
-    if filesystem.get_file_info(file).type != fs.FileType.File:
+    if storage.info_of(filesystem, file).type != fs.FileType.File:
         return {}
     values: dict[str, Any] = json.loads(storage.read_bytes(filesystem, file))
     return values

@@ -118,7 +118,7 @@ def _check_classes_agree(
     """Splits prepared into one folder by several calls must number their classes alike."""
     if all(name.isdigit() for name in classes):
         return  # numbers are their own names
-    for entry in folder.filesystem.get_file_info(fs.FileSelector(folder.out)):
+    for entry in storage.list_folder(folder.filesystem, folder.out):
         manifest = None
         if entry.type == fs.FileType.Directory and entry.base_name not in config.splits:
             manifest = Manifest.read(folder.filesystem, entry.path)

@@ -141,8 +141,8 @@ class PlanFolder:
         if self._exists(self._failed_path):
             for note in notes:
                 if note.bad:
-                    self.filesystem.delete_file(self._finished_path(note.number))
-            self.filesystem.delete_file(self._failed_path)
+                    storage.delete_file(self.filesystem, self._finished_path(note.number))
+            storage.delete_file(self.filesystem, self._failed_path)
             notes = [note for note in notes if not note.bad]
         return [note for note in notes if self._is_whole(plan, note)]
 
@@ -154,16 +154,14 @@ class PlanFolder:
         if note.shard is None:
             return True
         path = f"{self.out}/{plan.shards[note.number].split}/{note.shard.file}"
-        info = self.filesystem.get_file_info(path)
+        info = storage.info_of(self.filesystem, path)
         return bool(info.type == fs.FileType.File and info.size == note.shard.num_bytes)
 
     def remove(self) -> None:
         """Delete the working folder, plan.json first: without it the rest means nothing."""
         for path in (f"{self.path}/plan.json", f"{self.path}/plan.parquet"):
-            if self._exists(path):
-                self.filesystem.delete_file(path)
-        if self.filesystem.get_file_info(self.path).type == fs.FileType.Directory:
-            self.filesystem.delete_dir(self.path)
+            storage.delete_file(self.filesystem, path)
+        storage.delete_folder(self.filesystem, self.path)
 
     def _finished_path(self, number: int) -> str:
         return f"{self.path}/finished/{number:06d}.json"
@@ -173,4 +171,4 @@ class PlanFolder:
         return f"{self.path}/too_many_bad"
 
     def _exists(self, path: str) -> bool:
-        return bool(self.filesystem.get_file_info(path).type == fs.FileType.File)
+        return bool(storage.info_of(self.filesystem, path).type == fs.FileType.File)

@@ -35,7 +35,7 @@ def open_source(config: PrepareConfig) -> Source:
         return _pairs(absolute(config.images), absolute(config.masks), [])
     source = absolute(config.source)
     filesystem, inner = storage.resolve(source)
-    info = filesystem.get_file_info(inner)
+    info = storage.info_of(filesystem, inner)
     if info.type == fs.FileType.NotFound:
         raise FileNotFoundError(
             f"source='{config.source}' does not exist; give a folder of images, or a .json, .tar "
@@ -63,7 +63,7 @@ def open_source(config: PrepareConfig) -> Source:
 def _open_file(config: PrepareConfig, source: str) -> Source:
     root, name = source.rsplit("/", 1)
     filesystem, inner = storage.resolve(source)
-    file = (name, int(filesystem.get_file_info(inner).size))
+    file = (name, int(storage.info_of(filesystem, inner).size))
     suffix = PurePosixPath(name).suffix.lower()
     if suffix == ".json":
         if not config.images:
@@ -91,7 +91,7 @@ def relative_files(root: str) -> list[File]:
         FileNotFoundError: no such folder.
     """
     filesystem, inner = storage.resolve(root)
-    if filesystem.get_file_info(inner).type != fs.FileType.Directory:
+    if storage.info_of(filesystem, inner).type != fs.FileType.Directory:
         raise FileNotFoundError(f"'{root}' is no folder; give one that exists")
     prefix = len(inner.rstrip("/")) + 1
     return [(f.path[prefix:], int(f.size)) for f in storage.list_files(filesystem, inner)]
@@ -186,7 +186,7 @@ def _class_folders(root: str, files: list[File]) -> Source:
             "class; move it into one, or read all without labels: --kind folder"
         )
     filesystem, inner = storage.resolve(root)
-    entries = filesystem.get_file_info(fs.FileSelector(inner))
+    entries = storage.list_folder(filesystem, inner)
     names = {e.base_name for e in entries if e.type == fs.FileType.Directory}
     hidden = sorted(name for name in names if name.startswith("."))
     if hidden:

@@ -117,13 +117,7 @@ def _write(filesystem: fs.FileSystem, path: str, file_name: str, table: pa.Table
         with pa.PythonFile(digest, mode="w") as counted:
             write_shard(table, counted)
 
-    def attempt() -> None:
-        storage.write_atomically(filesystem, path, write)
-
-    if storage.is_local(filesystem):
-        attempt()  # a full disk does not mend itself
-    else:
-        storage.with_retries(attempt, path)
+    storage.write_atomically(filesystem, path, write)
     assert digest is not None, "write_atomically did not write"
     full, rest = divmod(table.num_rows, ROWS_PER_GROUP)
     return Shard(

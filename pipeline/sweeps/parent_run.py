@@ -55,6 +55,7 @@ class ParentRun:
         self._run_id = tracking.open_run(
             self.uri,
             experiment=self.plan.base.tracking.experiment,
+            artifact_root=self.plan.base.tracking.artifact_root,
             artifact_folder=Path(self.plan.base.run.storage_path) / "mlartifacts",
             name=self.plan.base.run.name,
             run_id=state.get("mlflow_run_id"),
