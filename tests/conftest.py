@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import object_store, storage
 from pipeline.config_values import apply_overrides
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.recipes import debug
@@ -99,8 +100,16 @@ def s3() -> Iterator[S3Server]:
 
 @pytest.fixture
 def faulty_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The server behind a proxy that has no faults yet; this process's environment names it."""
+    """The server behind a proxy that has no faults yet; this process's environment names it.
+
+    In this process the SDK, whose pauses last seconds, tries a request once: retries are ours, and
+    more of them, because an upload begins anew for each of its requests that fails.
+    """
+    monkeypatch.setattr(object_store, "SDK_ATTEMPTS", 1)
+    monkeypatch.setattr(storage, "RETRY_PAUSES_S", (0.01,) * 12)
+    object_store._connect.cache_clear()
     with fault_proxy(s3.url) as proxy:
         for name, value in environment(proxy.url).items():
             monkeypatch.setenv(name, value)
         yield proxy
+    object_store._connect.cache_clear()

@@ -117,6 +117,11 @@ class FaultProxy:
         """Sleep, but not longer than the proxy lives."""
         self._stopped.wait(seconds)
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the proxy is gone."""
+        return self._stopped.is_set()
+
     def stop(self) -> None:
         """Let hanging requests go."""
         self._stopped.set()
@@ -155,6 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         body = self._read_body()
+        if self.proxy.is_stopped:  # a client of another test kept its connection
+            return self._reset()
         fault = self.proxy.judge(self.command, self.path)
         if fault == "hang":
             self.proxy.wait(self.proxy.hang_s)

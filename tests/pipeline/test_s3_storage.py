@@ -19,16 +19,8 @@ MANY = bytes(range(256)) * 100_000  # 25.6 MB, three parts of an upload
 FAULTS: list[Kind] = ["503", "500", "reset", "lost_answer", "truncated", "slow"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The SDK, whose pauses last seconds, tries a request once: all retries are ours."""
-    monkeypatch.setattr(object_store, "SDK_ATTEMPTS", 1)
-    monkeypatch.setattr(storage, "RETRY_PAUSES_S", (0.01,) * 6)
-    object_store._connect.cache_clear()
-
-
 @pytest.fixture
-def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_try(faulty_s3: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call is tried once, too: what a failure leaves behind is seen."""
     monkeypatch.setattr(storage, "RETRY_PAUSES_S", ())
 
@@ -162,7 +154,7 @@ def test_a_server_that_is_not_there_is_given_up(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     filesystem, path = place("gone")
-    with pytest.raises(StorageUnavailableError, match=r"reading .* failed 7 times.*connect"):
+    with pytest.raises(StorageUnavailableError, match=r"reading .* failed 13 times.*connect"):
         storage.info_of(filesystem, path)
 
 
