@@ -18,10 +18,10 @@ from urllib.parse import unquote
 from pyarrow import fs
 
 CONNECT_TIMEOUT_S = 5.0
-SILENCE_TIMEOUT_S = 30.0
+SILENCE_TIMEOUT_S = 20.0
 """A request that has moved no byte for so long is given up (pyarrow's own: 3 s)."""
-SDK_ATTEMPTS = 3
-"""Tries of one request, with pauses under a second; `storage.with_retries` begins after them."""
+SDK_RETRIES = 4
+"""Of one request, with pauses of 25 ms, doubled each time; `storage.with_retries` comes after."""
 CREDENTIALS_HELP = (
     "credentials come from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (and "
     "AWS_SESSION_TOKEN), AWS_REGION, for stores other than Amazon's AWS_ENDPOINT_URL_S3"
@@ -98,7 +98,9 @@ def _connect(bucket: str, environment: tuple[tuple[str, str], ...]) -> fs.S3File
         # Its documentation says it is ignored on Linux; there it is how long may pass without a
         # byte, and without it three seconds.
         request_timeout=SILENCE_TIMEOUT_S,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS),
+        # Not the standard one: its quota of retries is used up in a bad hour, after which a file
+        # of many parts never arrives. The number it is given is of retries, too.
+        retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=SDK_RETRIES),
         background_writes=True,
         **options,
     )

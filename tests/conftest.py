@@ -105,7 +105,7 @@ def faulty_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultPr
     In this process the SDK, whose pauses last seconds, tries a request once: retries are ours, and
     more of them, because an upload begins anew for each of its requests that fails.
     """
-    monkeypatch.setattr(object_store, "SDK_ATTEMPTS", 1)
+    monkeypatch.setattr(object_store, "SDK_RETRIES", 0)
     monkeypatch.setattr(storage, "RETRY_PAUSES_S", (0.01,) * 12)
     object_store._connect.cache_clear()
     with fault_proxy(s3.url) as proxy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from pyarrow import fs
 
 from pipeline import object_store, storage
 from pipeline.storage import StorageRefusedError, StorageUnavailableError
-from tests.s3_proxy import FaultProxy, Kind, nth, seeded
+from tests.s3_proxy import FaultProxy, Kind, Request, nth, seeded
 from tests.s3_server import BUCKET, S3Server
 
 MANY = bytes(range(256)) * 100_000  # 25.6 MB, three parts of an upload
@@ -134,6 +135,27 @@ def test_a_large_file_is_copied_here_through_truncated_answers(
     storage.download(filesystem, path, tmp_path / "large")
     assert (tmp_path / "large").read_bytes() == MANY
     assert faulty_s3.met["truncated"] == 5
+
+
+def test_a_client_still_retries_after_a_bad_hour(
+    s3: S3Server, faulty_s3: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SDK's standard strategy has a quota, which this uses up."""
+    monkeypatch.setattr(object_store, "SDK_RETRIES", 2)
+    monkeypatch.setattr(storage, "RETRY_PAUSES_S", ())
+    object_store._connect.cache_clear()
+    filesystem, path = place("hour")
+
+    def rule(request: Request) -> Kind | None:
+        is_bad = request.method in ("HEAD", "PUT", "GET") and request.repeat % 3 < 2
+        return "503" if is_bad else None
+
+    faulty_s3.rule = rule
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda i: storage.info_of(filesystem, f"{path}/{i}"), range(100)))
+    storage.write_bytes(filesystem, path, MANY)
+    assert s3.objects("hour") == {"": MANY}
+    assert faulty_s3.met["503"] > 300
 
 
 def test_a_server_that_hangs_is_given_up(
