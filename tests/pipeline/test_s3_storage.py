@@ -64,7 +64,7 @@ def failing_requests() -> dict[str, Callable[[FaultProxy], None]]:
     return {
         "start": rule(methods=("POST",), part="?uploads"),
         "first part": rule(methods=("PUT",), part="partNumber=1"),
-        "a later part": rule(methods=("PUT",), part="partNumber=3"),
+        "a later part": rule(methods=("PUT",), part="partNumber=2"),
         "completion": lambda proxy: setattr(
             proxy,
             "rule",
