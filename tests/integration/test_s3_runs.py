@@ -6,6 +6,7 @@ driver's and the workers' requests, pyarrow's and boto3's.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -23,6 +25,7 @@ from pipeline.checkpoint import Checkpointer, load_state
 from pipeline.quarantine import read_quarantine
 from pipeline.tracking import default_tracking_uri
 from tests.conftest import REPO_ROOT
+from tests.pipeline.inference_runs import pretrained_run
 from tests.s3_proxy import FaultProxy, Kind, seeded
 from tests.s3_server import BUCKET, S3Server
 
@@ -135,7 +138,7 @@ def comparable(objects: dict[str, bytes]) -> dict[str, bytes]:
     return objects
 
 
-def test_preparing_training_and_embedding_go_from_s3_to_s3_in_a_storm(
+def test_preparing_and_training_go_from_s3_to_s3_in_a_storm(
     image_folder: Path, tmp_path: Path, s3: S3Server, faulty_s3: FaultProxy
 ) -> None:
     source = s3.put_folder(image_folder, "chain/images")
@@ -158,14 +161,22 @@ def test_preparing_training_and_embedding_go_from_s3_to_s3_in_a_storm(
         trained[name] = weights_of(job.folder / "checkpoints")
     for key, tensor in trained["local"].items():
         assert torch.equal(trained["remote"][key], tensor), f"{key} is not bit-identical"
-
-    run = str(tmp_path / "remote")
-    run_job("embed", "--run", run, "--images", source, "--out", f"{base}/embedded")
-    run_job("embed", "--run", run, "--images", str(image_folder), "--out", str(tmp_path / "e"))
-    s3.put_folder(tmp_path / "e", "chain/embedded-local")
-    ours, local = s3.objects("chain/embedded"), s3.objects("chain/embedded-local")
-    assert set(ours) == set(local)
-    facts = [json.loads(found["_finished.json"]) for found in (ours, local)]
-    assert facts[0]["num_rows"] == facts[1]["num_rows"] == 24
-    assert facts[0]["num_bad"] == 0
     assert faulty_s3.met.total() > 20
+
+
+def test_embedding_goes_from_s3_to_s3_in_a_storm_each_row_once(
+    image_folder: Path, tmp_path: Path, s3: S3Server, faulty_s3: FaultProxy
+) -> None:
+    run, _ = pretrained_run(tmp_path / "run")
+    images = s3.put_folder(image_folder, "embed/images")
+    faulty_s3.rule = seeded(STORM, seed=13)
+    out = f"s3://{BUCKET}/embed/out"
+    run_job("embed", str(run), "--images", images, "--out", out)
+    run_job("embed", str(run), "--images", str(image_folder), "--out", str(tmp_path / "out"))
+    s3.put_folder(tmp_path / "out", "embed/local")
+    ours, local = s3.objects("embed/out"), s3.objects("embed/local")
+    assert set(ours) == set(local)
+    tables = [pq.read_table(io.BytesIO(o["embeddings-00000.parquet"])) for o in (ours, local)]
+    assert tables[0].num_rows == 24 and tables[0].drop(["path"]) == tables[1].drop(["path"])
+    assert json.loads(ours["_finished.json"])["num_bad"] == 0
+    assert faulty_s3.met.total() > 5
