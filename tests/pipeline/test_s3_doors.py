@@ -415,7 +415,7 @@ def test_artifacts_on_s3_without_boto3_are_refused_before_the_run(
         ({"tracking.artifact_root": "s3://nowhere/x"}, "artifact_root='s3://nowhere/x' cannot be"),
         ({"data.path": "s3://nowhere/x"}, "data.path='s3://nowhere/x' does not exist"),
         ({"data.path": f"s3://{BUCKET}/none"}, "data.path='s3://vault/none' does not exist"),
-        ({"run.checkpoint_path": "s3://me:hunter2@b/x"}, "credentials come from the environment"),
+        ({"run.checkpoint_path": "s3://me:hunter2@b/x"}, "AWS_SECRET_ACCESS_KEY"),
     ],
 )
 def test_a_dry_run_finds_what_is_wrong_with_the_storage(
