@@ -30,7 +30,7 @@ from tests.s3_proxy import FaultProxy, Kind, seeded
 from tests.s3_server import BUCKET, S3Server
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
-WAIT_S = 240.0
+WAIT_S = 400.0
 STORM: dict[Kind, float] = {"503": 0.08, "500": 0.02, "reset": 0.04, "lost_answer": 0.02}
 STORM |= {"truncated": 0.04, "slow": 0.05}
 
