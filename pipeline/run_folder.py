@@ -2,7 +2,7 @@
 
 `<run.storage_path>/<run.name>/` holds config.json, state.json (MLflow run id, status),
 metrics.jsonl, events.jsonl (starts, checkpoints, faults), checkpoints/, pictures by kind, and at
-the end encoder.safetensors (a fine-tuning run: model.safetensors) and summary.json.
+the end encoder.safetensors (a fine-tuning run: model.safetensors), summary.json and report.html.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from pipeline.quarantine import QUARANTINE_FILE
 CONFIG_FILE = "config.json"
 CLASSES_FILE = "classes.json"
 """What a fine-tuned model predicts."""
+REPORT_FILE = "report.html"
+"""The run on one page."""
 
 
 class RunFolder:
@@ -127,7 +129,7 @@ class RunFolder:
         """Small files worth a copy in MLflow at the end of the run."""
         names = (
             *(CONFIG_FILE, "metrics.jsonl", "events.jsonl", "summary.json", "environment.json"),
-            *(QUARANTINE_FILE, CLASSES_FILE, self.export_file),
+            *(QUARANTINE_FILE, CLASSES_FILE, REPORT_FILE, self.export_file),
         )
         return [self.path / name for name in names]
 

@@ -23,6 +23,7 @@ import ray.train.torch
 from pipeline.cluster import cluster, worker_resources
 from pipeline.config import TrainingConfig
 from pipeline.config_values import apply_overrides, config_to_dict
+from pipeline.html_report.page import try_write_report
 from pipeline.logbook import Logbook, fault_metrics
 from pipeline.mlflow_run import MlflowRun
 from pipeline.placement import label_selector
@@ -147,6 +148,7 @@ def _run(
         raise
     finally:
         logbook.write("end", status=status)
+        try_write_report(folder.path)
         mlflow_run.close(run_id, status)
     return summary
 
