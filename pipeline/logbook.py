@@ -27,7 +27,7 @@ EventKind = Literal[
     "checkpoint_failed",  # one is not: step, error
     "preemption",  # a node is about to go: step
     "crash",  # a worker's own exception: rank, error
-    "end",  # the driver ends: status
+    "end",  # the driver ends: status; error, where it failed
 ]
 Event = dict[str, Any]
 _EVENT_START = re.compile(r'(?=\{"event": ")')  # inside a string JSON would escape the quotes

@@ -130,6 +130,7 @@ def _run(
     logbook = Logbook(folder.events_file)
     logbook.write("submit", num_workers=config.scaling.num_workers)
     status, start = "FAILED", time.time()
+    facts: dict[str, str] = {}
     try:
         with cluster(config):
             outcome = _fit(config, plan, folder, mlflow_run.uri, run_id, stop, on_record)
@@ -146,8 +147,11 @@ def _run(
     except KeyboardInterrupt:
         status = "KILLED"
         raise
+    except Exception as error:
+        facts["error"] = str(error) or type(error).__name__
+        raise
     finally:
-        logbook.write("end", status=status)
+        logbook.write("end", status=status, **facts)
         try_write_report(folder.path)
         mlflow_run.close(run_id, status)
     return summary

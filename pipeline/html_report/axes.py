@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.html_report.number_format import grouped, number
+
 _LOG_RANGE = 30.0  # largest over smallest value above which a linear axis hides the small ones
 
 
@@ -70,11 +72,22 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [k * step for k in range(first, last + 1)]
 
 
-def step_ticks(low: float, high: float, count: int = 4) -> list[float]:
+def step_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """As `nice_ticks`, whole numbers only: there are no half steps."""
     return sorted(
         {float(round(tick)) for tick in nice_ticks(low, high, count) if tick >= low - 0.5}
     )
+
+
+def tick_labels(ticks: Sequence[float], *, is_log: bool = False) -> list[str]:
+    """Numbers of an axis with as many decimals each as the finest of them needs."""
+    largest = max((abs(tick) for tick in ticks), default=0.0)
+    if is_log or (largest > 0 and largest < 1e-3) or largest >= 1e9:
+        return ["0" if tick == 0 else number(tick, 2, is_exact=True) for tick in ticks]
+    for decimals in range(7):
+        if all(abs(round(tick, decimals) - tick) < 1e-9 + 1e-6 * abs(tick) for tick in ticks):
+            break
+    return [grouped(tick, 0 if tick == 0 else decimals) for tick in ticks]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

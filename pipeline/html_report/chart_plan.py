@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pipeline.html_report.charts import NUM_COLOURS, LineChart, with_restarts
+from pipeline.html_report.charts import NUM_COLOURS, TOTAL, LineChart, with_restarts
 from pipeline.html_report.contents import RunContents
 from pipeline.html_report.series import Series, series_of
 from pipeline.html_report.timeline import resume_steps
 from pipeline.metrics_file import Record
 
 _PARTS = {
-    "loss": "total",
+    "loss": TOTAL,
     "loss_mim": "pixels",
     "loss_mfm4": "stage 4",
     "loss_mfm8": "stage 8",
@@ -91,7 +91,7 @@ def running_charts(run: RunContents) -> list[LineChart]:
     def one(title: str, key: str, *, unit: str = "", note: str = "", **how: object) -> LineChart:
         scale = float(how.pop("scale", 1.0))  # type: ignore[arg-type]
         lines = _lines(records, [key], {}, scale=scale)
-        return _chart(title, lines, unit=unit, note=note, **how)  # type: ignore[arg-type]
+        return _chart(title, lines, unit=unit, note=note, **how)
 
     charts = [
         one("Learning rate", "optim/lr", note="Of the last layer.", from_zero=True),
@@ -105,6 +105,7 @@ def running_charts(run: RunContents) -> list[LineChart]:
             scale=100.0,
             from_zero=True,
         ),
+        one("Time of a step", "perf/step_s", unit="s", from_zero=True),
         one("Peak memory", "memory/peak_gib", unit="GiB", note="Of worker 0.", from_zero=True),
     ]
     for title, key in (

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-from pipeline.html_report.axes import Axis, step_ticks, value_axis
+from pipeline.html_report.axes import Axis, step_ticks, tick_labels, value_axis
 from pipeline.html_report.number_format import number
 from pipeline.html_report.series import Point, Series, thin
 
+TOTAL = "total"
+"""Label of the line that is the sum of the others."""
 WIDTH, HEIGHT = 440, 252
 NUM_COLOURS = 6
 _LEFT, _TOP, _BOTTOM = 52, 16, 40
@@ -71,19 +73,21 @@ class LineChart:
         steps = [p[0] for s in self.series for p in s.points] + [
             step for s in self.series for step in s.non_finite
         ]
-        x = Axis(min(steps), max(steps), _LEFT, WIDTH - right)
+        first = 0.0 if min(steps) <= 0.25 * max(steps) else min(steps)
+        x = Axis(first, max(steps), _LEFT, WIDTH - right)
         y = self._value_axis(HEIGHT - _BOTTOM, _TOP)
-        parts = [_grid(x, y, [*step_ticks(x.low, x.high)] or [x.low])]
+        parts = [_grid(x, y)]
         parts += [self._restart(x, step) for step in self.restarts if x.low <= step <= x.high]
         parts += [self._reference(x, y)]
-        parts += [_line(s, i % NUM_COLOURS, x, y, self.unit) for i, s in enumerate(self.series)]
+        colours = self._colours()
+        parts += [_line(s, c, x, y, self.unit) for s, c in zip(self.series, colours, strict=True)]
         parts += [_non_finite(s, x) for s in self.series]
         ends = [y(s.points[-1][1]) if s.points else _TOP for s in self.series]
         places = spread(ends, _LINE_PX, _TOP, HEIGHT - _BOTTOM)
         for i, (label, place) in enumerate(zip(labels, places, strict=True)):
             parts.append(
                 Markup('<text class="label t{}" x="{:.1f}" y="{:.1f}">{}</text>').format(
-                    i % NUM_COLOURS, x.last_px + 8, place + 4, label
+                    colours[i], x.last_px + 8, place + 4, label
                 )
             )
         return Markup(
@@ -98,6 +102,11 @@ class LineChart:
         return value_axis(
             values, first_px, last_px, from_zero=self.from_zero, may_be_log=self.may_be_log
         )
+
+    def _colours(self) -> list[int]:
+        """Ink for a total, colours for its parts: the same part has the same one in all charts."""
+        first = 0 if self.series[0].label == TOTAL else 1
+        return [first + i % (NUM_COLOURS - first) for i in range(len(self.series))]
 
     def _end_label(self, series: Series) -> str:
         value = number(series.points[-1][1]) if series.points else "not finite"
@@ -147,16 +156,17 @@ def with_restarts(charts: Sequence[LineChart], restarts: Sequence[float]) -> lis
     return [replace(chart, restarts=restarts) for chart in charts]
 
 
-def _grid(x: Axis, y: Axis, steps: Sequence[float]) -> Markup:
+def _grid(x: Axis, y: Axis) -> Markup:
     parts = []
-    for tick in y.ticks():
+    ticks = y.ticks()
+    for tick, text in zip(ticks, tick_labels(ticks, is_log=y.is_log), strict=True):
         parts.append(
             Markup(
                 '<line class="grid" x1="{0:.1f}" x2="{1:.1f}" y1="{2:.1f}" y2="{2:.1f}"/>'
                 '<text class="tick end" x="{3:.1f}" y="{4:.1f}">{5}</text>'
-            ).format(x.first_px, x.last_px, y(tick), x.first_px - 7, y(tick) + 4, number(tick))
+            ).format(x.first_px, x.last_px, y(tick), x.first_px - 7, y(tick) + 4, text)
         )
-    for tick in steps:
+    for tick in step_ticks(x.low, x.high) or [x.low]:
         parts.append(
             Markup('<text class="tick middle" x="{:.1f}" y="{}">{}</text>').format(
                 x(tick), HEIGHT - _BOTTOM + 17, number(tick)
@@ -187,7 +197,7 @@ def _line(series: Series, colour: int, x: Axis, y: Axis, unit: str) -> Markup:
             y(value),
             size,
             f"{series.label}, step {number(step)}: {number(value, 4)} {unit}".rstrip(),
-        )  # fmt: skip
+        )
         for step, value in dotted
     )
 

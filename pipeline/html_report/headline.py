@@ -47,9 +47,14 @@ class Figure:
     """Length of its bar, 0 to 1; None for no bar."""
 
 
-def figures(run: RunContents) -> list[Figure]:
-    """Results first, then how the run went."""
-    return [*_results(run), *_course(run)]
+def result_figures(run: RunContents) -> list[Figure]:
+    """What the run has learnt."""
+    return list(_results(run))
+
+
+def course_figures(run: RunContents) -> list[Figure]:
+    """How the run went: length, speed, memory, faults."""
+    return list(_course(run))
 
 
 def _results(run: RunContents) -> Iterator[Figure]:

@@ -8,14 +8,20 @@ import time
 _THIN_SPACE = "\u202f"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """Significant digits without exponents where that is short: 0.716, 131, 18 400, 5.5e-09."""
+def number(value: float | None, digits: int = 3, *, is_exact: bool = False) -> str:
+    """Significant digits without exponents where that is short: 0.716, 131, 18 400, 5.5e-9.
+
+    Args:
+        value: None gives a dash.
+        digits: how many.
+        is_exact: leave out zeros at the end, as for a tick of an axis.
+    """
     if value is None:
         return "\u2013"
     if not math.isfinite(value):
         return str(value)
     size = abs(value)
-    if size == 0 or float(value).is_integer() and size < 1e15:
+    if size == 0 or (float(value).is_integer() and size < 1e15):
         return grouped(value)
     if size < 1e-3 or size >= 1e15:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -23,7 +29,8 @@ def number(value: float | None, digits: int = 3) -> str:
             mantissa = mantissa.rstrip("0").rstrip(".")
         return f"{mantissa}e{int(exponent)}".replace("-", "\u2212")
     decimals = max(0, digits - 1 - math.floor(math.log10(size)))
-    return grouped(value, decimals)
+    text = grouped(value, decimals)
+    return text.rstrip("0").rstrip(".") if is_exact and "." in text else text
 
 
 def grouped(value: float, decimals: int = 0) -> str:
@@ -60,12 +67,14 @@ def duration(seconds: float | None) -> str:
     return f"{whole} s"
 
 
-def moment(seconds: float | None) -> str:
-    """A time since 1970 as UTC, to the second."""
+def moment(seconds: float | None, *, with_seconds: bool = True) -> str:
+    """A time since 1970 as UTC."""
     if seconds is None:
         return "\u2013"
     try:
-        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+        return time.strftime(
+            f"%Y-%m-%d %H:%M{':%S' if with_seconds else ''} UTC", time.gmtime(seconds)
+        )
     except (OverflowError, ValueError, OSError):
         return "\u2013"
 

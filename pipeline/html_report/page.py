@@ -21,7 +21,7 @@ from pipeline.html_report import timeline
 from pipeline.html_report.chart_plan import learning_charts, running_charts
 from pipeline.html_report.contents import RunContents, read_contents, without_credentials
 from pipeline.html_report.embedded_pictures import MAX_BYTES, embedded_pictures
-from pipeline.html_report.headline import figures
+from pipeline.html_report.headline import course_figures, result_figures
 from pipeline.html_report.metric_table import metric_table
 from pipeline.html_report.next_steps import next_steps
 from pipeline.html_report.number_format import duration, grouped, moment
@@ -100,7 +100,7 @@ def _render(run: RunContents, picture_bytes: int) -> str:
         meaning=_MEANINGS.get(run.status, ""),
         facts=_facts(run),
         remarks=[without_credentials(remark) for remark in (*run.remarks, *remarks)],
-        figures=figures(run),
+        figures=[group for group in (result_figures(run), course_figures(run)) if group],
         learning=learning_charts(run),
         running=running_charts(run),
         pictures=pictures,
@@ -117,7 +117,7 @@ def _render(run: RunContents, picture_bytes: int) -> str:
         metrics=metric_table(run.records),
         steps=next_steps(run, recipe),
         written_at=moment(time.time()),
-        style=Markup((_folder() / "report.css").read_text()),  # noqa: S704
+        style=Markup((_folder() / "report.css").read_text()),
     )
 
 
@@ -136,8 +136,8 @@ def _facts(run: RunContents) -> list[tuple[str, Any]]:
         ("Image size", f"{data['image_size']} px" if "image_size" in data else None),
         ("Global batch", data.get("global_batch_size")),
         ("Classes", grouped(len(run.classes)) if run.classes else None),
-        ("Started", moment(began) if began is not None else None),
-        ("Last sign of life", moment(max(alive)) if alive else None),
+        ("Started", moment(began, with_seconds=False) if began is not None else None),
+        ("Last sign of life", moment(max(alive), with_seconds=False) if alive else None),
         ("Took", duration(run.summary.get("wall_s")) if "wall_s" in run.summary else None),
         ("Commit", env.get("git_commit")),
         ("Host", env.get("host")),
@@ -148,6 +148,11 @@ def _facts(run: RunContents) -> list[tuple[str, Any]]:
 def _cut(text: str, length: int = _MAX_TEXT) -> str:
     """At most so many characters; error messages can be whole books."""
     return text if len(text) <= length else f"{text[: length - 1]}\u2026"
+
+
+def _num_columns(count: int) -> int:
+    """Columns, 3 or 4, of a wide page for so many tiles: as few gaps at the end as possible."""
+    return min((4, 3), key=lambda columns: -count % columns) if count > 2 else 3
 
 
 def _folder() -> Path:
@@ -164,5 +169,6 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["cut"] = _cut
+    environment.filters["num_columns"] = _num_columns
     environment.filters["plain"] = lambda text: _cut(without_credentials(str(text)))
     return environment
