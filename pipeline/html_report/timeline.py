@@ -14,7 +14,7 @@ from pipeline.logbook import Event
 
 MAX_MARKS = 400
 MAX_ROWS = 60
-_WIDTH, _LEFT, _RIGHT, _LANE = 900, 118, 24, 30
+_WIDTH, _LEFT, _RIGHT, _LANE = 700, 142, 20, 30
 _LANES = ("attempts", "checkpoints", "faults")
 _LANE_OF = {
     **{"submit": 0, "start": 0, "resume": 0, "end": 0, "checkpoint": 1},
@@ -70,19 +70,19 @@ def timeline_svg(events: Sequence[Event]) -> Markup:
     for tick in nice_ticks(0.0, span / size, 6):
         parts.append(
             Markup('<text class="tick middle" x="{:.1f}" y="{}">{}</text>').format(
-                x(tick), bottom + 16, number(tick)
+                x(tick), bottom + 18, number(tick)
             )
         )
     parts.append(
         Markup('<text class="tick middle" x="{}" y="{}">{}</text>').format(
-            (_LEFT + _WIDTH - _RIGHT) / 2, bottom + 34, f"{unit} since the run was submitted"
+            (_LEFT + _WIDTH - _RIGHT) / 2, bottom + 42, f"{unit} since the run was submitted"
         )
     )
     parts += [_attempt(x, first, last, begin, size) for first, last in attempts(events)]
     parts += [_mark(e, x((e["time"] - begin) / size), begin) for e in _shown(events)]
     return Markup(
         '<svg class="chart timeline" role="img" viewBox="0 0 {} {}" aria-label="{}">{}</svg>'
-    ).format(_WIDTH, bottom + 42, describe_events(events), Markup("").join(parts))
+    ).format(_WIDTH, bottom + 52, describe_events(events), Markup("").join(parts))
 
 
 def attempts(events: Sequence[Event]) -> list[tuple[float, float]]:
