@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup
 
 from pipeline.html_report.axes import Axis, step_ticks, tick_labels, value_axis
+from pipeline.html_report.bars import WIDTH, bar_height, bars
 from pipeline.html_report.number_format import number
-from pipeline.html_report.series import Point, Series, thin
+from pipeline.html_report.series import NOISY_POINTS, Point, Series, thin, trend
 
 TOTAL = "total"
 """Label of the line that is the sum of the others."""
-WIDTH, HEIGHT = 440, 252
+HEIGHT = 252
 NUM_COLOURS = 6
 _LEFT, _TOP, _BOTTOM = 52, 16, 40
 _CHAR_PX = 7.4  # of a label on a phone, where letters are largest
@@ -45,6 +46,20 @@ class LineChart:
     """Steps at which the run was resumed."""
 
     @property
+    def is_noisy(self) -> bool:
+        """Whether lines are drawn with their trend."""
+        return any(len(series.points) > NOISY_POINTS for series in self.series)
+
+    @property
+    def is_moment(self) -> bool:
+        """Whether there is one step only: bars say more than dots."""
+        points = [point for series in self.series for point in series.points]
+        is_whole = all(value >= 0 for _, value in points) and not any(
+            series.non_finite for series in self.series
+        )
+        return is_whole and len({step for step, _ in points}) == 1
+
+    @property
     def is_log(self) -> bool:
         """Whether the value axis is logarithmic."""
         return self._value_axis(0, 1).is_log
@@ -59,6 +74,9 @@ class LineChart:
                 continue
             (first, start), (last, end) = series.points[0], series.points[-1]
             values = [value for _, value in series.points]
+            if len(series.points) == 1:
+                parts.append(f"{series.label}: {number(end)}{unit} at step {number(last)}")
+                continue
             parts.append(
                 f"{series.label}: {number(start)}{unit} at step {number(first)}, {number(end)}"
                 f"{unit} at step {number(last)}, lowest {number(min(values))}, highest "
@@ -67,7 +85,27 @@ class LineChart:
         return f"{self.title} over steps. " + "; ".join(parts)
 
     def svg(self) -> Markup:
-        """The drawing."""
+        """The drawing: lines, or bars where there is one step only."""
+        if self.is_moment:
+            return self._frame(bar_height(len(self.series)), self._bars())
+        return self._frame(HEIGHT, self._drawn_lines())
+
+    def _frame(self, height: int, content: Markup) -> Markup:
+        return Markup(
+            '<svg class="chart" role="img" viewBox="0 0 {} {}" preserveAspectRatio="xMidYMid meet" '
+            'aria-label="{}">{}</svg>'
+        ).format(WIDTH, height, self.description(), content)
+
+    def _bars(self) -> Markup:
+        rows = [
+            (s.label, s.points[-1][1], f"{number(s.points[-1][1])} {self.unit}".rstrip())
+            for s in self.series
+            if s.points
+        ]
+        end = 100.0 if self.unit == "%" else self.line_at
+        return bars(rows, self._colours(), step=self.series[0].points[0][0], end=end)
+
+    def _drawn_lines(self) -> Markup:
         labels = [self._end_label(series) for series in self.series]
         right = 14 + _CHAR_PX * max((len(label) for label in labels), default=0)
         steps = [p[0] for s in self.series for p in s.points] + [
@@ -90,10 +128,7 @@ class LineChart:
                     colours[i], x.last_px + 8, place + 4, label
                 )
             )
-        return Markup(
-            '<svg class="chart" role="img" viewBox="0 0 {} {}" preserveAspectRatio="xMidYMid meet" '
-            'aria-label="{}">{}</svg>'
-        ).format(WIDTH, HEIGHT, self.description(), Markup("").join(parts))
+        return Markup("").join(parts)
 
     def _value_axis(self, first_px: float, last_px: float) -> Axis:
         values = [value for s in self.series for _, value in s.points] or [0.0]
@@ -182,12 +217,16 @@ def _grid(x: Axis, y: Axis) -> Markup:
 def _line(series: Series, colour: int, x: Axis, y: Axis, unit: str) -> Markup:
     shown = thin(series.points)
     places = [f"{x(step):.1f},{y(value):.1f}" for step, value in shown]
-    kind = " dashed" if series.is_reference else ""
+    smooth = trend(series.points)
+    kind = " noisy" if smooth else ""
     line = Markup('<polyline class="line s{}{}" points="{}"/>').format(
         colour, kind, " ".join(places)
     )
     dotted = shown if len(shown) <= _MAX_DOTS else _remarkable(series.points)
     size = 3.2 if len(shown) <= 12 else 2.0 if len(shown) <= _MAX_DOTS else 2.6
+    if smooth:
+        middle = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in smooth)
+        line += Markup('<polyline class="line s{}" points="{}"/>').format(colour, middle)
     return line + Markup("").join(
         Markup(
             '<circle class="dot f{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>'

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.html_report.contents import RunContents
-from pipeline.html_report.number_format import duration, grouped, number, percent
+from pipeline.html_report.number_format import counted, duration, grouped, number, percent
 from pipeline.logbook import fault_metrics
 
 Tone = Literal["good", "warn", "bad", "plain"]
@@ -141,10 +141,11 @@ def _costs(run: RunContents) -> Iterator[Figure]:
         )
         restarts, lost = int(faults["fault/restarts"]), int(faults["fault/lost_steps"])
         failed = int(faults["fault/failed_checkpoints"])
+        again, broken = counted(lost, "step"), counted(failed, "failed checkpoint")
         yield Figure(
             label="Restarts",
             value=grouped(restarts),
-            reading=f"{grouped(lost)} steps computed again, {failed} checkpoints failed.",
+            reading=f"{again} computed again, {broken}.",
             tone="warn" if restarts or failed else "good",
             verdict="see what happened" if restarts or failed else "undisturbed",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,8 +65,8 @@ def _browse(run: RunContents) -> Step:
     uri = without_credentials(str(uri))
     if uri.startswith("http"):
         return Step("Open MLflow in a browser", uri)
-    mlflow = shlex.quote(str(Path(sys.executable).parent / "mlflow"))
-    return Step("Browse runs in MLflow", f"{mlflow} ui --backend-store-uri {shlex.quote(uri)}")
+    command = f"python -m mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    return Step("Browse runs in MLflow", command)
 
 
 def _short(path: Path) -> str:

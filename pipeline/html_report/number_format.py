@@ -41,6 +41,12 @@ def grouped(value: float, decimals: int = 0) -> str:
     return text.replace(",", _THIN_SPACE).replace("-", "\u2212")
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: 1 step, 2 steps, 3 crashes."""
+    plural = noun if count == 1 else f"{noun}es" if noun.endswith("sh") else f"{noun}s"
+    return f"{grouped(count)} {plural}"
+
+
 def percent(share: float | None) -> str:
     """A share in [0, 1] as per cent."""
     if share is None or not math.isfinite(share):

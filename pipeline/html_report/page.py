@@ -24,7 +24,7 @@ from pipeline.html_report.embedded_pictures import MAX_BYTES, embedded_pictures
 from pipeline.html_report.headline import course_figures, result_figures
 from pipeline.html_report.metric_table import metric_table
 from pipeline.html_report.next_steps import next_steps
-from pipeline.html_report.number_format import duration, grouped, moment
+from pipeline.html_report.number_format import grouped, moment
 from pipeline.html_report.settings import nearest_recipe, settings_table
 from pipeline.run_folder import REPORT_FILE
 
@@ -138,7 +138,6 @@ def _facts(run: RunContents) -> list[tuple[str, Any]]:
         ("Classes", grouped(len(run.classes)) if run.classes else None),
         ("Started", moment(began, with_seconds=False) if began is not None else None),
         ("Last sign of life", moment(max(alive), with_seconds=False) if alive else None),
-        ("Took", duration(run.summary.get("wall_s")) if "wall_s" in run.summary else None),
         ("Commit", env.get("git_commit")),
         ("Host", env.get("host")),
     ]
@@ -151,8 +150,8 @@ def _cut(text: str, length: int = _MAX_TEXT) -> str:
 
 
 def _num_columns(count: int) -> int:
-    """Columns, 3 or 4, of a wide page for so many tiles: as few gaps at the end as possible."""
-    return min((4, 3), key=lambda columns: -count % columns) if count > 2 else 3
+    """Columns, 2 to 4, of a wide page for so many tiles: as few gaps at the end as possible."""
+    return min((4, 3), key=lambda columns: -count % columns) if count > 2 else 2
 
 
 def _folder() -> Path:

@@ -7,12 +7,16 @@ n-th, so that a spike of one step in a million is still on the page.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.metrics_file import Record
 
 MAX_POINTS = 400
+NOISY_POINTS = 150
+"""A line of more points gets its trend drawn over it."""
+_TREND_POINTS = 60
 Point = tuple[float, float]
 
 
@@ -25,8 +29,6 @@ class Series:
     """(step, value), by step; all finite."""
     non_finite: list[float]
     """Steps at which the value was inf or nan."""
-    is_reference: bool = False
-    """Drawn as a dashed line: something to compare with."""
 
 
 def series_of(
@@ -35,7 +37,6 @@ def series_of(
     label: str,
     *,
     scale: float = 1.0,
-    is_reference: bool = False,
 ) -> Series | None:
     """A metric over steps; None where no record has it.
 
@@ -44,14 +45,13 @@ def series_of(
         key: the metric.
         label: what the line is called.
         scale: factor for every value, such as 100 for per cent.
-        is_reference: see `Series`.
     """
     rows = [(float(r["step"]), r[key]) for r in records if isinstance(r.get(key), int | float)]
     if not rows:
         return None
     points = [(step, value * scale) for step, value in rows if math.isfinite(value)]
     non_finite = [step for step, value in rows if not math.isfinite(value)]
-    return Series(label, points, non_finite, is_reference)
+    return Series(label, points, non_finite)
 
 
 def thin(points: Sequence[Point], max_points: int = MAX_POINTS) -> list[Point]:
@@ -67,3 +67,15 @@ def thin(points: Sequence[Point], max_points: int = MAX_POINTS) -> list[Point]:
         extremes = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
         kept += sorted(extremes)
     return [*kept, points[-1]]
+
+
+def trend(points: Sequence[Point]) -> list[Point]:
+    """The median of every stretch of many points, at its middle; empty for few points."""
+    if len(points) <= NOISY_POINTS:
+        return []
+    found = []
+    for i in range(_TREND_POINTS):
+        first, last = (len(points) * k // _TREND_POINTS for k in (i, i + 1))
+        steps, values = zip(*points[first:last], strict=True)
+        found.append((statistics.median(steps), statistics.median(values)))
+    return found

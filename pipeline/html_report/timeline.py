@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline.html_report.axes import Axis, nice_ticks
-from pipeline.html_report.number_format import duration, file_size, moment, number
+from pipeline.html_report.number_format import counted, duration, file_size, moment, number
 from pipeline.logbook import Event
 
 MAX_MARKS = 400
@@ -106,9 +106,8 @@ def describe_events(events: Sequence[Event]) -> str:
         (kinds.count("preemption"), "preemption"),
         (kinds.count("crash"), "crash"),
     ]
-    plural = {"crash": "crashes"}
     shown = [
-        f"{n} {name if n == 1 else plural.get(name, name + 's')}"
+        counted(n, name)
         for n, name in counts
         if n or name in ("submission", "restart", "checkpoint")
     ]
@@ -175,7 +174,7 @@ def _tell(event: Event) -> tuple[str, str]:
             if not fact.get("step"):
                 return "training began", f"with {_workers(workers)}"
             lost = fact.get("lost_steps", 0)
-            again = f"{lost} steps to compute again" if lost else "no step lost"
+            again = f"{counted(lost, 'step')} to compute again" if lost else "no step lost"
             return "resumed", f"{step}, {again}"
         case "checkpoint":
             size = fact.get("bytes")
@@ -196,4 +195,4 @@ def _tell(event: Event) -> tuple[str, str]:
 def _workers(count: Any) -> str:
     if isinstance(count, list | tuple):
         return f"{count[0]} to {count[-1]} workers"
-    return f"{count} worker{'' if count == 1 else 's'}"
+    return counted(count, "worker") if isinstance(count, int) else f"{count} workers"

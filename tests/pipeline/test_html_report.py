@@ -93,7 +93,7 @@ def test_figures_are_those_of_metrics_and_summary(run: Path) -> None:
     assert shown["Restarts"] == "1" and shown["Bad samples"] == "1"
     text = Page(render_report(run)).text
     assert all(value in text for value in shown.values())
-    assert "70 steps computed again, 1 checkpoints failed" in text
+    assert "70 steps computed again, 1 failed checkpoint." in text
 
 
 def test_the_figures_of_a_run_at_work_come_from_its_rows(run: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.html_report.axes import nice_ticks, tick_labels, value_axis
 from pipeline.html_report.charts import HEIGHT, WIDTH, LineChart, spread
-from pipeline.html_report.series import MAX_POINTS, Series, series_of, thin
+from pipeline.html_report.series import MAX_POINTS, Series, series_of, thin, trend
 from pipeline.html_report.timeline import attempts, timeline_rows, timeline_svg
 from tests.pipeline.reported_runs import NASTY
 
@@ -36,7 +36,7 @@ def test_a_spike_of_one_step_in_100000_is_drawn() -> None:
     points = [(float(step), 1.0) for step in range(100_000)]
     points[77_777] = (77_777.0, 50.0)
     svg = chart(points).svg()
-    (line,) = re.findall(r'points="([^"]*)"', svg)
+    line, _ = re.findall(r'points="([^"]*)"', svg)  # the second is the trend
     heights = [float(place.split(",")[1]) for place in line.split()]
     assert len(heights) <= MAX_POINTS
     assert min(heights) < HEIGHT / 4, "the spike"
@@ -64,7 +64,7 @@ def test_very_different_values_get_a_logarithmic_axis() -> None:
 @pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [-3.0], [1e-12], [1e15, 2e15]])
 def test_any_values_give_a_drawing(values: list[float]) -> None:
     svg = chart([(float(i), v) for i, v in enumerate(values)], may_be_log=True).svg()
-    assert "nan" not in svg and svg.count("<circle") == len(values)
+    assert "nan" not in svg and svg.count('class="dot') == len(values)
     svg = chart([(float(i), v) for i, v in enumerate(values)], from_zero=True).svg()
     assert "nan" not in svg
 
@@ -142,3 +142,20 @@ def test_the_table_of_events_tells_what_went_wrong() -> None:
     assert left_out == 0
     rows, left_out = timeline_rows([EVENTS[0]] + [EVENTS[4]] * 500 + [EVENTS[-1]])
     assert len(rows) + left_out == 502 and rows[-1].title == "ended: failed"
+
+
+def test_many_noisy_points_get_their_trend_drawn_over_them() -> None:
+    noisy = [(float(step), step / 100 + (-1) ** step) for step in range(6000)]
+    middle = trend(noisy)
+    assert len(middle) < 100 and all(abs(v - step / 100) < 1.2 for step, v in middle)
+    assert chart(noisy).is_noisy and chart(noisy).svg().count("<polyline") == 2
+    assert trend(noisy[:100]) == [] and chart(noisy[:100]).svg().count("<polyline") == 1
+
+
+def test_values_of_one_step_are_bars_as_long_as_they_are_large() -> None:
+    series = [Series("AP", [(64.0, 20.0)], []), Series("AP50", [(64.0, 40.0)], [])]
+    svg = LineChart(title="Box AP", series=series, unit="%").svg()
+    full, *rest = [float(w) for w in re.findall(r'class="track"[^>]* width="([^"]*)"', svg)]
+    widths = [float(w) for w in re.findall(r'class="dot [^>]* width="([^"]*)"', svg)]
+    assert widths == pytest.approx([0.2 * full, 0.4 * full], abs=0.1) and rest == [full]
+    assert "at step 64" in svg and "<polyline" not in svg
