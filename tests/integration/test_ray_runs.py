@@ -16,6 +16,7 @@ from models.weights import load_weights
 from pipeline.config_values import apply_overrides, config_to_dict
 from pipeline.data import SampleFactory, TrainingBatches, micro_batches, sample_stream
 from pipeline.evaluation_data import EvaluationBatches
+from pipeline.html_report.number_format import number
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.pretraining_run import run_pretraining
 from pipeline.quarantine import QUARANTINE_FILE, read_quarantine
@@ -87,6 +88,9 @@ def test_the_run_folder_holds_what_the_readme_promises(finished: dict[int, Any])
     assert stored["images_per_s"] > 0 and 0 <= stored["data_wait_frac"] <= 1
     assert stored["mim_loss_over_baseline"] > 0 and stored["mfm_loss_over_baseline"] > 0
     assert [p.name for p in (path / "reconstructions").iterdir()] == ["step_00000020.png"]
+    report_page = (path / "report.html").read_text()
+    assert ">finished<" in report_page and 'alt="Reconstructions at step 20' in report_page
+    assert number(stored["mim_loss_over_baseline"]) in report_page
     with safe_open(path / "encoder.safetensors", "pt") as file:
         assert file.metadata()["model"] == "itpn_debug" and file.metadata()["step"] == "20"
     report = load_weights(create_itpn("itpn_debug"), path / "encoder.safetensors")
@@ -109,6 +113,7 @@ def test_mlflow_holds_params_metrics_pictures_checkpoints_and_a_finished_status(
     assert len(history) == 20 and logged == written
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {"config.json", "encoder.safetensors", "summary.json", "checkpoints"} <= artifacts
+    assert "report.html" in artifacts
     pictures = client.list_artifacts(run.info.run_id, "reconstructions")
     assert [p.path for p in pictures] == ["reconstructions/step_00000020.png"]
     assert len(client.search_runs([run.info.experiment_id])) == 2, "one MLflow run per run"
@@ -240,3 +245,7 @@ def test_a_crash_in_the_loop_is_reported_with_its_own_message(
     state = json.loads((run_path(config) / "state.json").read_text())
     client = MlflowClient(default_tracking_uri(Path(config.run.storage_path)))
     assert state["status"] == client.get_run(state["mlflow_run_id"]).info.status == "FAILED"
+    artifacts = {a.path for a in client.list_artifacts(state["mlflow_run_id"])}
+    page = (run_path(config) / "report.html").read_text()
+    assert "report.html" in artifacts and ">failed<" in page
+    assert "RuntimeError: the disk under the worker is gone" in page and "No metrics yet" in page
