@@ -31,6 +31,7 @@ from pipeline.run_folder import REPORT_FILE
 logger = logging.getLogger(__name__)
 MAX_PAGE_BYTES = 2 * 2**20
 _MAX_BAD, _MAX_CLASSES, _MAX_TEXT = 50, 60, 500
+_MAX_SETTINGS, _MAX_VERSIONS, _MAX_REMARKS = 400, 60, 20
 _KINDS = {
     "pretrain": "Pre-training",
     "classify": "Classification",
@@ -99,7 +100,8 @@ def _render(run: RunContents, picture_bytes: int) -> str:
         kind=_KINDS[run.kind],
         meaning=_MEANINGS.get(run.status, ""),
         facts=_facts(run),
-        remarks=[without_credentials(remark) for remark in (*run.remarks, *remarks)],
+        remarks=[*run.remarks, *remarks][:_MAX_REMARKS],
+        versions=list(run.environment.items())[:_MAX_VERSIONS],
         figures=[group for group in (result_figures(run), course_figures(run)) if group],
         learning=learning_charts(run),
         running=running_charts(run),
@@ -113,7 +115,7 @@ def _render(run: RunContents, picture_bytes: int) -> str:
         classes=run.classes[:_MAX_CLASSES],
         classes_left_out=max(0, len(run.classes) - _MAX_CLASSES),
         recipe=recipe,
-        settings=settings_table(run, recipe),
+        settings=settings_table(run, recipe)[:_MAX_SETTINGS],
         metrics=metric_table(run.records),
         steps=next_steps(run, recipe),
         written_at=moment(time.time()),

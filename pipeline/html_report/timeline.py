@@ -14,6 +14,7 @@ from pipeline.logbook import Event
 
 MAX_MARKS = 400
 MAX_ROWS = 60
+_TITLE_CHARS = 200
 _WIDTH, _LEFT, _RIGHT, _LANE = 700, 142, 20, 30
 _LANES = ("attempts", "checkpoints", "faults")
 _LANE_OF = {
@@ -142,7 +143,7 @@ def _mark(event: Event, place: float, begin: float) -> Markup:
     kind = event["event"]
     lane = _LANE_OF.get(kind, 0)
     row = _row(event, begin)
-    title = f"{row.after}: {row.title}{' - ' if row.text else ''}{row.text}"
+    title = f"{row.after}: {row.title}{' - ' if row.text else ''}{row.text[:_TITLE_CHARS]}"
     shapes = {
         0: '<circle class="mark" cx="{0:.1f}" cy="{1}" r="5"><title>{2}</title></circle>',
         1: '<circle class="mark good" cx="{0:.1f}" cy="{1}" r="5"><title>{2}</title></circle>',

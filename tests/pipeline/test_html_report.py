@@ -177,11 +177,23 @@ def test_the_page_stays_under_its_limit_whatever_is_in_the_folder(run: Path) -> 
         logbook.write("checkpoint", step=step, bytes=10)
         logbook.write("crash", rank=0, error="x" * 5000)
     write_json(run / "classes.json", {"classes": ["c" * 2000] * 21_000})
+    write_json(run / "environment.json", {f"p{i}": "v" * 900 for i in range(3000)})
+    write_json(run / "config.json", {"run": {f"s{i}": "v" * 900 for i in range(3000)}})
     html = render_report(run)
     assert len(html.encode()) < MAX_PAGE_BYTES
     images = [attrs for tag, attrs in Page(html).tags if tag == "img"]
     assert len(images) == 4, "newest of each kind and the first reconstruction"
     assert all(attrs["alt"] for attrs in images)
+
+
+def test_pictures_go_before_the_page_gets_too_large(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "<img" in render_report(run)
+    monkeypatch.setattr("pipeline.html_report.page.MAX_PAGE_BYTES", 20_000)
+    page = Page(render_report(run))
+    assert "img" not in {tag for tag, _ in page.tags}
+    assert "step_00000500.png could not be shown" in page.text
 
 
 def test_writing_replaces_the_old_page_and_leaves_no_other_file(run: Path) -> None:

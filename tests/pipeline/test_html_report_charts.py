@@ -102,8 +102,14 @@ def test_numbers_of_an_axis_have_the_same_decimals() -> None:
 
 
 def test_labels_are_escaped() -> None:
-    svg = chart([(1.0, 2.0)], label=NASTY).svg()
-    assert "<script" not in svg and "<img" not in svg and "&lt;script" in svg
+    """On lines and on bars; in the drawing and in its description."""
+    for last in (1.0, 2.0):
+        points = [(1.0, 2.0), (last, 3.0)]
+        lines = LineChart(title=NASTY, series=[Series(NASTY, points, []), Series("b", points, [])])
+        svg = lines.svg()
+        assert lines.is_moment == (last == 1.0)
+        assert "<script" not in svg and "<img" not in svg
+        assert svg.count("&lt;script") >= 3, "title, description, label"
 
 
 EVENTS = [
