@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import logging
 import re
@@ -9,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.html_report.contents import read_contents
 from pipeline.html_report.headline import course_figures, result_figures
@@ -184,6 +187,18 @@ def test_the_page_stays_under_its_limit_whatever_is_in_the_folder(run: Path) -> 
     images = [attrs for tag, attrs in Page(html).tags if tag == "img"]
     assert len(images) == 4, "newest of each kind and the first reconstruction"
     assert all(attrs["alt"] for attrs in images)
+
+
+def test_pictures_on_the_page_are_whole(run: Path) -> None:
+    images = [attrs for tag, attrs in Page(render_report(run)).tags if tag == "img"]
+    assert [str(attrs["alt"]).split(":")[0] for attrs in images] == [
+        *("Reconstructions at step 500", "Reconstructions at step 250")
+    ]
+    for attrs in images:
+        content = base64.b64decode(str(attrs["src"]).split(",")[1], validate=True)
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()  # raises where some is missing
+            assert image.size == (int(attrs["width"] or 0), int(attrs["height"] or 0)) == (400, 640)
 
 
 def test_pictures_go_before_the_page_gets_too_large(
