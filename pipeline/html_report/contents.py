@@ -70,6 +70,13 @@ class RunContents:
         return str(self.state.get("status", "FINISHED" if self.summary else "unknown"))
 
     @property
+    def error(self) -> str:
+        """Why the run failed; empty if it did not, or nobody could write it down."""
+        if self.status != "FAILED":
+            return ""
+        return next((str(e.get("error", "")) for e in self.events[::-1] if e["event"] == "end"), "")
+
+    @property
     def last_record(self) -> Record:
         """The newest row of metrics.jsonl."""
         return self.records[-1] if self.records else {}

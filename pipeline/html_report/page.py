@@ -41,8 +41,8 @@ _KINDS = {
 }
 _MEANINGS = {
     "FINISHED": "came to its end",
-    "FAILED": "stopped with an error; the newest checkpoint is kept",
-    "KILLED": "was interrupted; the newest checkpoint is kept",
+    "FAILED": "stopped with an error; the same command goes on from its newest checkpoint",
+    "KILLED": "was interrupted; the same command goes on from its newest checkpoint",
     "RUNNING": "is at work, or was killed without a word",
 }
 

@@ -115,8 +115,10 @@ def test_the_figures_of_a_run_at_work_come_from_its_rows(run: Path) -> None:
 
 def test_why_a_run_failed_is_on_the_page(run: Path) -> None:
     Logbook(run / "events.jsonl").write("end", status="FAILED", error="loss is nan at step 7")
-    text = Page(render_report(run)).text
-    assert "failed" in text and "loss is nan at step 7" in text
+    html = render_report(run)
+    assert ">failed<" in html and '<p class="error">loss is nan at step 7</p>' in html
+    Logbook(run / "events.jsonl").write("submit", num_workers=1)
+    assert 'class="error"' not in render_report(run), "at work again"
 
 
 def test_a_fine_tuned_run_shows_its_score_and_what_to_do_with_it(tmp_path: Path) -> None:
