@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -72,11 +71,6 @@ class S3Server:
                 key = f"{prefix}/{file.relative_to(folder).as_posix()}"
                 self.client.put_object(Bucket=BUCKET, Key=key, Body=file.read_bytes())
         return f"s3://{BUCKET}/{prefix}"
-
-    def begin_authorization(self) -> None:
-        """From now on each request is checked against IAM."""
-        request = urllib.request.Request(f"{self.url}/moto-api/reset-auth", b"0", method="POST")
-        urllib.request.urlopen(request, timeout=10).close()
 
 
 @contextlib.contextmanager

@@ -206,6 +206,7 @@ class World:
             "ablation_pretrain.py": ["--num-steps", "2", "--batch-size", "4"],
             "ablation_finetune.py": ["--seeds", "0"],
             "ablation_data.py": ["--seeds", "0"],
+            "bench_storage.py": ["--rounds", "1", "--num-files", "2", "--large-mb", "1"],
         }
         with self._in_process(script, [*arguments, *smaller.get(name, [])]):
             runpy.run_path(str(REPO_ROOT / script), run_name="__main__")
