@@ -2,9 +2,10 @@
 
     python benchmarks/bench_storage.py
 
-Two CPU cores, about a minute: calls of `pipeline.storage`, one after another. moto's S3 server on loopback behind a proxy of ours (both those of
-the tests: `pip install -e '.[test]'`); calm and spoiled rounds take turns. Not how fast S3 is, but
-what retries cost: the ratio, and requests sent for requests needed.
+Two CPU cores, about a minute: calls of `pipeline.storage`, one after another. moto's S3 server on
+loopback behind a proxy of ours (both those of the tests: `pip install -e '.[test]'`); calm and
+spoiled rounds take turns. Not how fast S3 is, but what retries cost: the ratio, and requests sent
+for requests needed.
 
 The last line is JSON: {work: {calm_s, spoiled_s, ratio, calm_requests, spoiled_requests}}, medians.
 """
