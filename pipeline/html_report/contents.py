@@ -7,7 +7,6 @@ of runs that broke, so a file that cannot be read becomes a remark on the page.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ from pipeline.run_folder import CLASSES_FILE, CONFIG_FILE
 
 Kind = Literal["pretrain", "classify", "detect", "segment", "unknown"]
 T = TypeVar("T")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +130,6 @@ def read_contents(path: Path) -> RunContents:
         ),
         remarks=remarks,
     )
-
-
-def without_credentials(text: str) -> str:
-    """The text with the user and password of every URI in it blotted out."""
-    return _CREDENTIALS.sub("***", text)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

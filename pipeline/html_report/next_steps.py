@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import tracking
-from pipeline.html_report.contents import RunContents, without_credentials
+from pipeline.credentials import without_passwords
+from pipeline.html_report.contents import RunContents
 from pipeline.html_report.settings import Recipe, start_command
 
 
@@ -20,7 +21,7 @@ class Step:
 
 
 def next_steps(run: RunContents, recipe: Recipe | None) -> list[Step]:
-    """Commands in the order in which one would want them."""
+    """Commands in the order in which one would want them, without passwords."""
     steps = []
     if run.status != "FINISHED" and recipe is not None:
         steps.append(Step("Go on from the newest checkpoint", start_command(run, recipe)))
@@ -57,12 +58,13 @@ def next_steps(run: RunContents, recipe: Recipe | None) -> list[Step]:
     if dumps:
         dump = shlex.quote(_short(dumps[-1]))
         steps.append(Step("Find the samples at fault", f"python -m jobs.replay {dump}"))
-    return [*steps, _browse(run), Step("Write this page again", f"python -m jobs.report {path}")]
+    steps += [_browse(run), Step("Write this page again", f"python -m jobs.report {path}")]
+    return [Step(step.purpose, without_passwords(step.command)) for step in steps]
 
 
 def _browse(run: RunContents) -> Step:
     uri = run.section("tracking").get("uri") or tracking.default_tracking_uri(run.path.parent)
-    uri = without_credentials(str(uri))
+    uri = str(uri)
     if uri.startswith("http"):
         return Step("Open MLflow in a browser", uri)
     command = f"python -m mlflow ui --backend-store-uri {shlex.quote(uri)}"

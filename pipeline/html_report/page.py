@@ -17,9 +17,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from pipeline.credentials import without_passwords
 from pipeline.html_report import timeline
 from pipeline.html_report.chart_plan import learning_charts, running_charts
-from pipeline.html_report.contents import RunContents, read_contents, without_credentials
+from pipeline.html_report.contents import RunContents, read_contents
 from pipeline.html_report.embedded_pictures import MAX_BYTES, embedded_pictures
 from pipeline.html_report.headline import course_figures, result_figures
 from pipeline.html_report.metric_table import metric_table
@@ -143,7 +144,7 @@ def _facts(run: RunContents) -> list[tuple[str, Any]]:
         ("Commit", env.get("git_commit")),
         ("Host", env.get("host")),
     ]
-    return [(name, _cut(without_credentials(str(fact)))) for name, fact in facts if fact]
+    return [(name, _cut(without_passwords(str(fact)))) for name, fact in facts if fact]
 
 
 def _cut(text: str, length: int = _MAX_TEXT) -> str:
@@ -171,5 +172,5 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["cut"] = _cut
     environment.filters["num_columns"] = _num_columns
-    environment.filters["plain"] = lambda text: _cut(without_credentials(str(text)))
+    environment.filters["plain"] = lambda text: _cut(without_passwords(str(text)))
     return environment

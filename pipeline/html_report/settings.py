@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config_values import flatten_config
+from pipeline.credentials import without_passwords
 from pipeline.finetune_recipes import FINETUNE_RECIPES
-from pipeline.html_report.contents import RunContents, without_credentials
+from pipeline.html_report.contents import RunContents
 from pipeline.recipes import PRETRAIN_RECIPES
 
 _SAY_NOTHING = {"run.name", "run.storage_path", "run.dry_run", "run.allow_config_change"}
@@ -80,7 +81,7 @@ def start_command(run: RunContents, recipe: Recipe) -> str:
     for key in ("run.name", "run.storage_path", *_differences(flat, recipe.values)):
         if key in flat and flat[key] != recipe.values.get(key) and key not in _OF_A_SWEEP:
             words += _flags(key, flat[key])
-    return without_credentials(shlex.join(words))
+    return without_passwords(shlex.join(words))
 
 
 def flat_settings(run: RunContents) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def flat_settings(run: RunContents) -> dict[str, Any]:
 
 def show(value: Any) -> str:
     """A value as config.json has it, without credentials."""
-    return without_credentials(value if isinstance(value, str) and value else json.dumps(value))
+    return without_passwords(value if isinstance(value, str) and value else json.dumps(value))
 
 
 def _differences(flat: dict[str, Any], base: dict[str, Any]) -> list[str]:

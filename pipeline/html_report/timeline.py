@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pipeline.credentials import without_passwords
 from pipeline.html_report.axes import Axis, nice_ticks
 from pipeline.html_report.number_format import counted, duration, file_size, moment, number
 from pipeline.logbook import Event
@@ -159,7 +160,7 @@ def _row(event: Event, begin: float) -> Row:
         event["event"] == "end" and event.get("status") == "FAILED"
     )
     after = duration(event["time"] - begin) if event["time"] > begin else "start"
-    return Row(after, moment(event["time"]), title, text[:2000], is_fault)
+    return Row(after, moment(event["time"]), title, without_passwords(text)[:2000], is_fault)
 
 
 def _tell(event: Event) -> tuple[str, str]:

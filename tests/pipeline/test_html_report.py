@@ -238,7 +238,8 @@ def test_a_report_that_cannot_be_written_is_a_warning(
 def test_credentials_in_addresses_are_blotted_out(run: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     config["tracking"]["uri"] = "http://me:hunter2@server:5000"
-    config["data"]["path"] = "s3://key:hunter2@bucket/images"
+    config["data"]["path"] = config["data"]["val_path"] = "s3://key:hunter2@bucket/images"
+    Logbook(run / "events.jsonl").write("crash", rank=0, error="http://me:hunter2@server is away")
     write_json(run / "config.json", config)
     html = render_report(run)
     assert "hunter2" not in html and "***@server:5000" in html
