@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python >= 3.11 is needed, {sys.executable} is {v[0]}.{v[1]}; call make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[demo,export,server,test,dev,docs]'
+	$(BIN)/python -m pip install --quiet -e '.[ablation,demo,export,server,test,dev,docs]'
 	touch $@
 
 test: $(STAMP)
