@@ -39,7 +39,8 @@ class RayHead:
                 start_new_session=True,
             )
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while self.ray("job", "list").returncode:
+        # It answers before its agent is there, which is what starts jobs.
+        while self.ray("job", "submit", "--", "true").returncode:
             log_text = (self.folder / "start.log").read_text()
             assert self._process.poll() is None and time.monotonic() < deadline, log_text
             time.sleep(0.5)
