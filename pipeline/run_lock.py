@@ -28,7 +28,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def run_lock(folder: Path, *, grace_s: float | None = None) -> Iterator[None]:
     """Hold a folder, made where there is none, for the time of a run.
 
-    A folder that stays empty is removed again. On a file system without locks a warning is all.
+    Folders that stay empty are removed again. On a file system without locks a warning is all.
 
     Args:
         folder: the run's.
@@ -37,15 +37,16 @@ def run_lock(folder: Path, *, grace_s: float | None = None) -> Iterator[None]:
     Raises:
         ValueError: another driver holds it, with its host and process.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     file = _acquire(folder / LOCK_FILE, _GRACE_S if grace_s is None else grace_s)
     try:
         yield
     finally:
         (folder / LOCK_FILE).unlink(missing_ok=True)
         os.close(file)
-        with contextlib.suppress(OSError):  # it holds a run
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # what is not empty holds a run
+            for path in dict.fromkeys((folder, *made)):
+                path.rmdir()
 
 
 def _acquire(path: Path, grace_s: float) -> int:

@@ -67,7 +67,7 @@ def test_every_documented_metric_is_in_the_code() -> None:
     torchvision = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
     torchvision |= {"loss_mask"}
     for name in documented():
-        word = re.sub(r"^(loss_|baseline_)", "", name.split("/")[1])
+        word = re.sub(r"^(loss_|baseline_|val_)", "", name.split("/")[1])
         word = re.sub(r"_loss_over_baseline$|\d+$|^box_|^mask_", "", word)
         word = re.sub(r"ap\d*(_\w+)?$", "ap", word)
         assert name.split("/")[1] in torchvision or word in source, name

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,14 @@ def recipe(target: str, out: Path) -> list[str]:
 
 
 def installed() -> set[tuple[str, str]]:
-    """Names, as PyPI writes them, and versions of all distributions."""
+    """Names, as PyPI writes them, and versions of all distributions.
+
+    Of site-packages alone: setuptools, once imported, adds those it brings along to the path.
+    """
+    paths = sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})
     return {
         (re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower(), found.version)
-        for found in importlib.metadata.distributions()
+        for found in importlib.metadata.distributions(path=paths)
     }
 
 
