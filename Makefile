@@ -1,4 +1,4 @@
-# make install | test | test-faults | lint | demo | demo-finetune | docs | clean: each creates .venv and installs what it needs, once.
+# make install | test | test-faults | test-long | lint | demo | demo-finetune | docs | clean: each creates .venv and installs what it needs, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Torch threads that spin while they wait starve the Ray processes of a small machine.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: install test test-faults lint format demo demo-finetune mlflow docs docs-serve sbom audit clean
+.PHONY: install test test-faults test-long lint format demo demo-finetune mlflow docs docs-serve sbom audit clean
 
 install: $(STAMP)
 
@@ -18,11 +18,15 @@ $(STAMP): pyproject.toml
 	touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not faults"
+	$(BIN)/python -m pytest -m "not faults and not long"
 
 # Kills, full disks, lost nodes and dead servers, on whole runs: minutes, not seconds.
 test-faults: $(STAMP)
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m "faults and not long"
+
+# The Slurm launcher, and the benchmarks of whole runs in small: before a release.
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -80,6 +80,7 @@ def steps_logged(run: Path) -> list[int]:
     return [row["step"] for row in map(json.loads, lines) if "train/loss" in row]
 
 
+@pytest.mark.long
 @pytest.mark.faults
 @pytest.mark.timeout(800)
 def test_out_of_time_the_run_saves_the_job_is_requeued_and_the_same_command_ends_the_run(

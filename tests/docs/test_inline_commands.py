@@ -37,6 +37,9 @@ SMALLER = {
 """otsu_baseline.py needs the tiles of docs/experiments.md, where it is run on them."""
 
 
+OF_WHOLE_RUNS = {"bench_data.py", "bench_executor_rest.py", "bench_pretrain.py", "chaos.py"}
+
+
 class ParsedError(Exception):
     """Ends a script once it has parsed its arguments."""
 
@@ -92,7 +95,10 @@ def test_extras_that_are_named_exist(command: str) -> None:
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("script", SMALLER)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, marks=[pytest.mark.long] if s in OF_WHOLE_RUNS else []) for s in SMALLER],
+)
 def test_benchmarks_run(script: str, tmp_path: Path) -> None:
     (command,) = [c for c in BENCHMARKS if Path(c[1]).name == script][:1]
     smaller = [*command[2:], *SMALLER[script]]
