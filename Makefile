@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/tools
+SBOM := sbom.cdx.json
 # Torch threads that spin while they wait starve the Ray processes of a small machine.
 export OMP_WAIT_POLICY := passive
 
@@ -43,16 +45,22 @@ demo: $(STAMP)
 demo-finetune: $(STAMP)
 	$(BIN)/python -m jobs.demo_finetune
 
+# Programs that look at the environment from outside. Inside it, one of the packages they bring
+# (rfc3987-syntax) is imported by jsonschema, so by every process of Ray, for a second each.
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet 'cyclonedx-bom>=7' pip-audit
+	touch $@
+
 # What is installed, as CycloneDX; the versions of the image are those of `install.sh`.
-sbom: $(STAMP)
-	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom.cdx.json $(BIN)/python
+sbom: $(STAMP) $(TOOLS)/.installed
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o $(SBOM) $(BIN)/python
 
 # Known vulnerabilities of what is installed; asks PyPI, so it needs the network. A package that cannot
 # be looked up is a failure, too.
-audit: $(STAMP)
-	test -x $(VENV)/audit/bin/pip-audit || ($(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-audit)
-	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)/audit/installed.txt
-	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps -r $(VENV)/audit/installed.txt
+audit: $(STAMP) $(TOOLS)/.installed
+	$(BIN)/python -m pip freeze --exclude-editable > $(TOOLS)/installed.txt
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps -r $(TOOLS)/installed.txt
 
 # On 127.0.0.1, MLflow's default; without a password.
 mlflow: $(STAMP)
