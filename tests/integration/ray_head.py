@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.conftest import REPO_ROOT
 
 _RAY = str(Path(sys.executable).parent / "ray")
-_START_TIMEOUT_S = 90.0
+_START_TIMEOUT_S = 150.0
 TOKEN = "0123456789abcdef" * 4
 
 
@@ -40,9 +40,9 @@ class RayHead:
             )
         deadline = time.monotonic() + _START_TIMEOUT_S
         # It answers before its agent is there, which is what starts jobs.
-        while self.ray("job", "submit", "--", "true").returncode:
-            log_text = (self.folder / "start.log").read_text()
-            assert self._process.poll() is None and time.monotonic() < deadline, log_text
+        while (tried := self.ray("job", "submit", "--", "true")).returncode:
+            told = (self.folder / "start.log").read_text() + tried.stdout + tried.stderr
+            assert self._process.poll() is None and time.monotonic() < deadline, told
             time.sleep(0.5)
 
     def environment(self, token: str | None) -> dict[str, str]:
