@@ -24,11 +24,15 @@ class RayHead:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
-        self.ports = [_free_port() for _ in range(2)]
+        self.ports = [_free_port() for _ in range(4)]
         self.address = f"http://127.0.0.1:{self.ports[1]}"
         command = [_RAY, "start", "--head", "--block", "--num-cpus=8", "--disable-usage-stats"]
         command += ["--node-ip-address=127.0.0.1", f"--port={self.ports[0]}"]
         command += [f"--dashboard-port={self.ports[1]}", f"--temp-dir={self.folder}"]
+        # Their defaults belong to the cluster of the session, and an agent without its port
+        # lives, but takes no jobs.
+        command += [f"--dashboard-agent-listen-port={self.ports[2]}"]
+        command += [f"--ray-client-server-port={self.ports[3]}"]
         command += [f"--object-store-memory={300 * 2**20}"]
         with (self.folder / "start.log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -38,8 +42,15 @@ class RayHead:
                 env=self.environment(TOKEN),
                 start_new_session=True,
             )
+        try:
+            self._wait_for_agent()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_for_agent(self) -> None:
+        """Return when a job runs: the head answers before its agent is there, which starts jobs."""
         deadline = time.monotonic() + _START_TIMEOUT_S
-        # It answers before its agent is there, which is what starts jobs.
         while (tried := self.ray("job", "submit", "--", "true")).returncode:
             told = (self.folder / "start.log").read_text() + tried.stdout + tried.stderr
             assert self._process.poll() is None and time.monotonic() < deadline, told
