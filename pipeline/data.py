@@ -50,6 +50,7 @@ CPUS_PER_TASK = 0.66  # three tasks on two CPUs: while one waits for its turn, t
 _BRIDGE_SAMPLES = 128
 _MIN_BLOCK_BYTES = 4 * 2**20  # small micro-batches share an object; it costs about 1 ms
 _EXECUTOR_REST_S = 0.02
+_LONG_REST_S = 0.1
 _AHEAD = 2
 
 
@@ -377,7 +378,7 @@ class SyntheticBatches:
 
 
 class _LoopThrottle(ExecutionCallback):
-    """Lets the executor's loop rest between rounds.
+    """Lets the executor's loop rest between rounds, longer while blocks lie ready for training.
 
     Ray 2.60's loop never sleeps while it waits for its consumer: it spins in a thread of the
     training process, holds the interpreter lock, and halved the speed of training on two cores.
@@ -385,7 +386,9 @@ class _LoopThrottle(ExecutionCallback):
 
     def on_execution_step(self, executor: Any) -> None:
         """Called by Ray Data after every round of scheduling."""
-        time.sleep(_EXECUTOR_REST_S)
+        _, output = executor._output_node
+        wanted = _EXECUTOR_REST_S * len(output.output_queue)
+        time.sleep(min(max(wanted, _EXECUTOR_REST_S), _LONG_REST_S))
 
 
 def _load_steps(

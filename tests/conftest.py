@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,21 @@ def two_threads() -> None:
 def no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs look at this variable, and `mlflow.set_tracking_uri` sets it; no test inherits it."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers() -> Iterator[None]:
+    """Jobs and benchmarks set levels for their process; those run in this one are undone."""
+    ours = [
+        logger
+        for name, logger in logging.root.manager.loggerDict.items()
+        if name.split(".")[0] in ("pipeline", "models", "jobs")
+        and isinstance(logger, logging.Logger)
+    ]
+    levels = [logger.level for logger in ours]
+    yield
+    for logger, level in zip(ours, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")
