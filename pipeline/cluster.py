@@ -40,7 +40,7 @@ PRIVATE_ENV = {
     # and two runs side by side on two cores have more.
     "RAY_worker_maximum_startup_concurrency": "6",
     # How soon Ray Train learns that its workers have ended, or died; the default is two seconds.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Nobody takes this one node away; watching for it costs an actor and two seconds of start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
