@@ -3,8 +3,8 @@
     python benchmarks/bench_executor_rest.py
 
 Trains `itpn_nano` on one fixed batch, in a process whose executor has filled its buffers and waits
-for its consumer, with our rest of 20 ms a round and without, interleaved. Prints steps/s of both
-and, as the last line, JSON.
+for its consumer, with our rest (20 to 100 ms a round) and without, interleaved. Prints steps/s
+of both and, as the last line, JSON.
 """
 
 from __future__ import annotations
