@@ -5,10 +5,13 @@
 
 Forward, backward, AdamW and, with MFM, teacher and moving average, of one model in four modes:
 `reference` (`reference_model.py`), `eager`, `bf16` (eager under autocast), `compiled`. On CUDA
-reference and compiled run under bf16 autocast, too. Needs torch and timm alone. Modes take turns,
-so that what else the machine does hits all; medians over the rounds. `mfu` is what the objective
-needs in floating-point operations, the same for every mode, against the rate of a square matrix
-product of the mode's precision in the same rounds. Peak memory is that of a process of its own.
+reference and compiled run under bf16 autocast, too. Needs torch and timm alone. Each mode is a
+process, and they take turns, so that what else the machine does hits all; medians over the rounds.
+On the CPU ours keep the memory they free, as a training worker does, and the reference gives it
+back, as the released code does; `--memory keep` and `let-go` have all do the same. `mfu` is what
+the objective needs in floating-point operations, the same for every mode, against the rate of a
+square matrix product of the mode's precision in the same rounds: in float32 on CPUs the faster of
+MKL's and oneDNN's.
 
 The last line is JSON: {mode: {objective: {ratio_vs_reference, images_per_s, flops_per_image, mfu,
 peak_mb}}}.
@@ -17,11 +20,10 @@ peak_mb}}}.
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
+import itertools
 import json
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from reference_model import ReferenceModel, ReferenceTeacher
-from torch import Tensor
+from step_process import StepProcess, Taken, serve_steps
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,10 +43,14 @@ from models.pretraining import PretrainingModel, create_pretraining_model
 from models.teacher import EMATeacher
 from models.tokens import split_tokens
 from pipeline.compilation import compile_training
+from pipeline.onednn_linear import processor_gains, use_onednn
 from pipeline.optim import build_optimizer, param_groups
+from pipeline.process_memory import keep_freed_memory
 
 MODES = ("reference", "eager", "bf16", "compiled")
 OBJECTIVES = {"mim": 0.0, "mim_mfm": 0.3}
+Measured = dict[tuple[str, str], list[Taken]]
+"""By mode and objective, a round each."""
 IMAGE_SIZE, NUM_PATCHES = 224, 196
 MASK_RATIO, MOMENTUM, LR, WEIGHT_DECAY, BETAS = 0.75, 0.996, 1.5e-4, 0.05, (0.9, 0.95)
 
@@ -59,29 +66,59 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("highest")
-    if args.peak_of:
-        print(json.dumps(peak_mb(args, *args.peak_of)))
+    if args.serve:
+        serve(args, *args.serve)
         return
-    batch = make_batch(args)
-    steps = {
-        (mode, objective): step
-        for objective in args.objectives
-        for mode, step in make_steps(args, objective).items()
-    }
-    for key, step in steps.items():
-        started = time.perf_counter()
-        for _ in range(args.warmup):
-            step(batch)
-        synchronize(args)
-        print(f"{' '.join(key)}: ready after {time.perf_counter() - started:.1f} s", flush=True)
-    times: dict[Any, list[float]] = {key: [] for key in (*steps, torch.float32, torch.bfloat16)}
-    for index in range(args.rounds):
-        for dtype in (torch.float32, torch.bfloat16):
-            times[dtype].append(matmul_rate(args, dtype))
-        for key, step in steps.items():
-            times[key].append(seconds(lambda step=step: step(batch), args, args.steps))
-        print(f"round {index + 1} of {args.rounds}", flush=True)
-    report(args, times)
+    keeps_memory(args, "keep")
+    found: Measured = {key: [] for key in itertools.product(args.modes, args.objectives)}
+    rates: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for objective in args.objectives:
+        measure(args, objective, found, rates)
+    report(args, found, rates)
+
+
+def measure(
+    args: argparse.Namespace,
+    objective: str,
+    found: Measured,
+    rates: dict[torch.dtype, list[float]],
+) -> None:
+    """Fill in what the modes take, in turns, and the rates of matrix products beside them."""
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for mode in args.modes:
+            command = [__file__, *sys.argv[1:], "--serve", mode, objective]
+            processes[mode] = stack.enter_context(StepProcess(command))
+            first = processes[mode].take_turn()  # ready now
+            print(f"{mode} {objective}: first turn {first.seconds:.1f} s a step", flush=True)
+        for index in range(args.rounds):
+            for dtype, values in rates.items():
+                values.append(matmul_rate(args, dtype))
+            for mode in args.modes:
+                found[mode, objective].append(processes[mode].take_turn())
+            print(f"{objective}: round {index + 1} of {args.rounds}", flush=True)
+
+
+def serve(args: argparse.Namespace, mode: str, objective: str) -> None:
+    """Steps of one mode, whenever the process that started this one asks for them."""
+    ours = "let-go" if mode == "reference" else "keep"
+    keeps_memory(args, ours if args.memory == "as-run" else args.memory)
+    step, batch = make_step(args, mode, objective), make_batch(args)
+    for _ in range(args.warmup):
+        step(batch)
+
+    def turn() -> float:
+        if args.device == "cuda":
+            step(batch)  # its memory was given back after the last turn
+        return seconds(lambda: step(batch), args, args.steps)
+
+    serve_steps(turn, args.device == "cuda")
+
+
+def keeps_memory(args: argparse.Namespace, memory: str) -> None:
+    """Have this process keep the memory it frees, or not."""
+    if args.device == "cpu" and memory == "keep" and not keep_freed_memory():
+        print("this C library cannot be told to keep memory", file=sys.stderr)
 
 
 def parse_args() -> argparse.Namespace:
@@ -95,7 +132,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="steps before the first round")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
-    parser.add_argument("--peak-of", nargs=2, metavar=("MODE", "OBJECTIVE"), help="used by itself")
+    parser.add_argument("--memory", default="as-run", choices=("as-run", "keep", "let-go"))
+    parser.add_argument("--serve", nargs=2, metavar=("MODE", "OBJECTIVE"), help="used by itself")
     return parser.parse_args()
 
 
@@ -115,19 +153,17 @@ def new_model(args: argparse.Namespace, objective: str) -> PretrainingModel:
     return create_pretraining_model(args.model, img_size=IMAGE_SIZE, mfm_weight=weight)
 
 
-def make_steps(args: argparse.Namespace, objective: str) -> dict[str, Callable[[Batch], Tensor]]:
-    """A step of each mode; eager and bf16 share weights and optimiser, to spare memory."""
+def make_step(args: argparse.Namespace, mode: str, objective: str) -> Callable[[Batch], Tensor]:
+    """A step of a mode, on fresh weights."""
     model = new_model(args, objective).to(args.device)
-    steps: dict[str, Callable[[Batch], Tensor]] = {}
-    if "reference" in args.modes:
-        steps["reference"] = reference_step(ReferenceModel(model).to(args.device))
-    if "compiled" in args.modes:
-        clone = copy.deepcopy(model)
-        steps["compiled"] = our_step(clone, bf16=args.device == "cuda", compiled=True)
-    if {"eager", "bf16"} & set(args.modes):
-        steps["eager"] = our_step(model, bf16=False)
-        steps["bf16"] = our_step(model, bf16=True, optimizer=steps["eager"].optimizer)
-    return {mode: steps[mode] for mode in args.modes}
+    if mode == "reference":
+        return reference_step(ReferenceModel(model).to(args.device))
+    is_compiled = mode == "compiled"
+    is_bf16 = mode == "bf16" or (is_compiled and args.device == "cuda")
+    step = our_step(model, bf16=is_bf16, compiled=is_compiled)
+    if args.device == "cpu" and not is_compiled and processor_gains():
+        use_onednn(step.model, step.teacher)
+    return step
 
 
 class our_step:  # noqa: N801 (reads as the function it is)
@@ -139,13 +175,10 @@ class our_step:  # noqa: N801 (reads as the function it is)
         *,
         bf16: bool,
         compiled: bool = False,
-        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.model, self.bf16 = model, bf16
         self.teacher = EMATeacher(model.encoder.backbone) if model.mfm else None
-        self.optimizer = optimizer or build_optimizer(
-            model, lr=LR, weight_decay=WEIGHT_DECAY, betas=BETAS
-        )
+        self.optimizer = build_optimizer(model, lr=LR, weight_decay=WEIGHT_DECAY, betas=BETAS)
         if compiled:
             compile_training(model, self.teacher)
 
@@ -198,12 +231,18 @@ def flops_per_image(args: argparse.Namespace, objective: str) -> int:
 
 
 def matmul_rate(args: argparse.Namespace, dtype: torch.dtype) -> float:
-    """Operations a second of a square matrix product."""
+    """Operations a second of a square matrix product, by the faster of torch's ways."""
     size = 8192 if args.device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=args.device).to(dtype) for _ in range(2))
-    a @ b
-    repeats = 20 if args.device == "cuda" else 3
-    return 2 * size**3 / seconds(lambda: a @ b, args, repeats)
+    ways: list[Callable[[], Tensor]] = [lambda: a @ b]
+    if args.device == "cpu" and dtype == torch.float32:
+        layer = nn.Linear(size, size, bias=False).requires_grad_(False)
+        use_onednn(layer)
+        ways.append(lambda: layer(a))
+    once = [min(seconds(way, args, 1) for _ in range(2)) for way in ways]
+    fastest = ways[once.index(min(once))]
+    # For a second, as long as a step: a few products say more of the moment.
+    return 2 * size**3 / seconds(fastest, args, max(3, round(1 / min(once))))
 
 
 def seconds(run: Callable[[], Any], args: argparse.Namespace, repeats: int) -> float:
@@ -221,51 +260,32 @@ def synchronize(args: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def peak_mb(args: argparse.Namespace, mode: str, objective: str) -> float:
-    """Largest memory of this process (on CUDA: of tensors) over two steps of one mode."""
-    args.modes = [mode]
-    step, batch = make_steps(args, objective)[mode], make_batch(args)
-    for _ in range(2):
-        step(batch)
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    # Not getrusage: its maximum begins with that of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
-
-
-def peak_of(args: argparse.Namespace, mode: str, objective: str) -> float:
-    """`peak_mb` in a process of its own."""
-    command = [sys.executable, __file__, "--peak-of", mode, objective, "--device", args.device]
-    command += ["--model", args.model, "--batch-size", str(args.batch_size)]
-    command += ["--threads", str(args.threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
-
-
-def report(args: argparse.Namespace, times: dict[Any, list[float]]) -> None:
+def report(
+    args: argparse.Namespace, found: Measured, rates: dict[torch.dtype, list[float]]
+) -> None:
     """Print the table, then the JSON."""
-    rates = {dtype: statistics.median(times[dtype]) for dtype in (torch.float32, torch.bfloat16)}
-    for dtype, rate in rates.items():
-        print(f"matrix product, {dtype}: {rate / 1e9:.0f} GFLOP/s ({spread(times[dtype], 1e9)})")
+    for dtype, values in rates.items():
+        rate = statistics.median(values) / 1e9
+        print(f"matrix product, {dtype}: {rate:.0f} GFLOP/s ({spread(values, 1e9)})")
     result: dict[str, dict[str, Any]] = {mode: {} for mode in args.modes}
     for objective in args.objectives:
         flops = flops_per_image(args, objective)
         print(f"{objective}: {flops / 1e9:.1f} GFLOP an image; seconds a step, least to greatest:")
+        times = {mode: [taken.seconds for taken in found[mode, objective]] for mode in args.modes}
         for mode in args.modes:
             is_bf16 = mode == "bf16" or (args.device == "cuda" and mode != "eager")
-            taken = statistics.median(times[mode, objective])
-            base = statistics.median(times.get(("reference", objective), [float("nan")]))
-            rate = flops * args.batch_size / taken
+            taken = statistics.median(times[mode])
+            base = statistics.median(times.get("reference", [float("nan")]))
+            rate = statistics.median(rates[torch.bfloat16 if is_bf16 else torch.float32])
             row = {
                 "ratio_vs_reference": round(base / taken, 3),
                 "images_per_s": round(args.batch_size / taken, 3),
                 "flops_per_image": flops,
-                "mfu": round(rate / rates[torch.bfloat16 if is_bf16 else torch.float32], 3),
-                "peak_mb": round(peak_of(args, mode, objective)),
+                "mfu": round(flops * args.batch_size / taken / rate, 3),
+                "peak_mb": round(found[mode, objective][-1].peak_mb),
             }
             result[mode][objective] = row
-            print(f"  {mode:10} {taken:.3f} ({spread(times[mode, objective])})  {row}")
+            print(f"  {mode:10} {taken:.3f} ({spread(times[mode])})  {row}")
     print(json.dumps(result))
 
 

@@ -25,6 +25,7 @@ from pipeline.config_values import config_hash
 from pipeline.live_metrics import LiveMetrics
 from pipeline.logbook import Logbook, fault_metrics, give_up_message
 from pipeline.nonfinite import NonFiniteLossError
+from pipeline.process_memory import keep_freed_memory
 from pipeline.profiling import StepProfiler
 from pipeline.quarantine import (
     QUARANTINE_FILE,
@@ -45,6 +46,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     worker = Worker(
         context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
     )
+    if worker.device.type == "cpu":
+        keep_freed_memory()
     session: WorkerSession = job["session"](job, worker)
     if (refusal := session.sign_on()) is not None:
         return {"error": refusal}

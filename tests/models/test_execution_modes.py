@@ -1,4 +1,4 @@
-"""However a model is computed, it is the official one: compiled, in bfloat16, with recomputing."""
+"""However a model is computed, it is the official one: compiled, by oneDNN, in bfloat16."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from models.layers import attention
 from models.pretraining import PretrainingModel
 from models.weights import load_weights
 from pipeline.compilation import compile_training
+from pipeline.onednn_linear import use_onednn
 from tests.models import golden
 
 BF16_LOSS, BF16_GRADIENT = 5e-3, 0.06
@@ -38,11 +39,14 @@ def recomputing(model: PretrainingModel) -> None:
     [
         *((name, compile_training) for name in golden.case_names(golden.MIM_CLASSES)),
         *((name, recomputing) for name in golden.case_names(golden.MIM_CLASSES)),
+        *((name, use_onednn) for name in golden.case_names(golden.MIM_CLASSES)),
     ],
 )
 def test_float32_modes_keep_official_losses_and_gradients(
-    name: str, prepare: Callable[[PretrainingModel], None]
+    name: str, prepare: Callable[[PretrainingModel], None], monkeypatch: pytest.MonkeyPatch
 ):
+    # The golden models are small.
+    monkeypatch.setattr("pipeline.onednn_linear._LEAST_MULTIPLY_ADDS", 0)
     case = golden.load_case(name)
     model = model_of(case)
     keys = list(model.state_dict())
