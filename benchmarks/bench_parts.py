@@ -1,4 +1,4 @@
-"""Parts of a step that were chosen by measurement: how AdamW runs, and how attention is computed.
+"""Parts of a step that were chosen by measurement: AdamW, attention, float32 products on the CPU.
 
     python benchmarks/bench_parts.py
 
@@ -22,8 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.onednn_linear import use_onednn
+from pipeline.process_memory import keep_freed_memory
+
 SIZES = {"decoder": (8, 16, 196, 32), "student": (8, 8, 49, 64), "teacher": (8, 8, 147, 64)}
 """(B, H, N, K) of attention in iTPN-B at a batch of 8."""
+TOKENS = (1568, 392)
+"""Of its decoder and its encoder, then."""
 
 
 def main() -> None:
@@ -32,11 +37,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     result: dict[str, Any] = {"adamw, 82 M weights": compare(optimisers(), args.repeats)}
     for name, size in SIZES.items():
         for dtype in (torch.float32, torch.bfloat16):
             key = f"attention of the {name}, {str(dtype).removeprefix('torch.')}"
             result[key] = compare(attentions(size, dtype), args.repeats)
+    for tokens in TOKENS:
+        result[f"512 -> 2048 of {tokens} tokens, float32"] = compare(linears(tokens), args.repeats)
     for key, row in result.items():
         print(f"{key}: {row}")
     print(json.dumps(result))
@@ -81,6 +89,24 @@ def attentions(size: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str,
         return ((q * K**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
     return {"plain": run(plain), "fused": run(F.scaled_dot_product_attention)}
+
+
+def linears(tokens: int) -> dict[str, Callable[[], Any]]:
+    """Forward and backward of a layer as torch computes it, and through oneDNN."""
+    layers = {way: nn.Linear(512, 2048) for way in ("torch", "onednn")}
+    use_onednn(layers["onednn"])
+    input = torch.randn(tokens, 512, requires_grad=True)
+    gradient = torch.randn(tokens, 2048)
+
+    def run(layer: nn.Linear) -> Callable[[], Any]:
+        def step() -> None:
+            layer(input).backward(gradient)
+            layer.zero_grad(set_to_none=True)
+            input.grad = None
+
+        return step
+
+    return {way: run(layer) for way, layer in layers.items()}
 
 
 if __name__ == "__main__":
