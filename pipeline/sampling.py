@@ -102,13 +102,18 @@ class SampleStream:
 
         Grouped rows come sorted, so that each worker's slice of the batch touches few groups.
         """
-        first = step * global_batch_size
-        positions = np.arange(first, first + global_batch_size)
+        positions = _positions(step, global_batch_size)
         epochs, rows = self.at(positions)
         if not self.is_grouped:
             return positions, epochs, rows
         order = np.lexsort((rows, epochs))
         return positions[order], epochs[order], rows[order]
+
+    def positions(self, step: int, global_batch_size: int) -> Integers:
+        """The first part of `step` alone, for single files without asking for their order."""
+        if self.is_grouped:
+            return self.step(step, global_batch_size)[0]
+        return _positions(step, global_batch_size)
 
     def _order(self, epoch: int) -> _FileOrder | _GroupOrder:
         if epoch not in self._epochs:
@@ -118,6 +123,11 @@ class SampleStream:
             else:
                 self._epochs[epoch] = _GroupOrder(self.seed, epoch, self.sizes, self.window)
         return self._epochs[epoch]
+
+
+def _positions(step: int, global_batch_size: int) -> Integers:
+    first = step * global_batch_size
+    return np.arange(first, first + global_batch_size)
 
 
 class _FileOrder:

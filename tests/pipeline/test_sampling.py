@@ -291,3 +291,12 @@ def test_seeds_share_out_different_samples_and_batches_of_groups_come_sorted() -
     assert len(drawn[0] & drawn[1]) < 30
     _, _, rows = SampleStream(0, sizes, 100, 100).step(0, 64)
     assert (np.diff(rows) > 0).all()
+
+
+@property_test
+@given(SIZES, SEEDS, WINDOWS, BATCHES, st.integers(0, 50))
+def test_positions_are_those_of_the_step(
+    sizes: Sizes, seed: int, window: int, batch: int, step: int
+) -> None:
+    stream = SampleStream(seed, sizes, window)
+    assert np.array_equal(stream.positions(step, batch), stream.step(step, batch)[0])
