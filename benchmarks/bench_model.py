@@ -161,7 +161,7 @@ def make_step(args: argparse.Namespace, mode: str, objective: str) -> Callable[[
     is_compiled = mode == "compiled"
     is_bf16 = mode == "bf16" or (is_compiled and args.device == "cuda")
     step = our_step(model, bf16=is_bf16, compiled=is_compiled)
-    if args.device == "cpu" and not is_compiled and processor_gains():
+    if args.device == "cpu" and mode == "eager" and processor_gains():
         use_onednn(step.model, step.teacher)
     return step
 
@@ -169,13 +169,7 @@ def make_step(args: argparse.Namespace, mode: str, objective: str) -> Callable[[
 class our_step:  # noqa: N801 (reads as the function it is)
     """A step as `pipeline.pretrain` makes it, without data, logging and guards."""
 
-    def __init__(
-        self,
-        model: PretrainingModel,
-        *,
-        bf16: bool,
-        compiled: bool = False,
-    ) -> None:
+    def __init__(self, model: PretrainingModel, *, bf16: bool, compiled: bool = False) -> None:
         self.model, self.bf16 = model, bf16
         self.teacher = EMATeacher(model.encoder.backbone) if model.mfm else None
         self.optimizer = build_optimizer(model, lr=LR, weight_decay=WEIGHT_DECAY, betas=BETAS)
@@ -235,7 +229,7 @@ def matmul_rate(args: argparse.Namespace, dtype: torch.dtype) -> float:
     size = 8192 if args.device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=args.device).to(dtype) for _ in range(2))
     ways: list[Callable[[], Tensor]] = [lambda: a @ b]
-    if args.device == "cpu" and dtype == torch.float32:
+    if args.device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         layer = nn.Linear(size, size, bias=False).requires_grad_(False)
         use_onednn(layer)
         ways.append(lambda: layer(a))

@@ -70,8 +70,14 @@ def test_moving_averages_agree():
 
 
 @pytest.mark.slow
-def test_every_mode_has_the_loss_curve_of_the_reference_for_100_steps():
+@pytest.mark.parametrize("is_onednn", [False, True], ids=["torch", "onednn"])
+def test_every_mode_has_the_loss_curve_of_the_reference_for_100_steps(
+    is_onednn: bool, monkeypatch: pytest.MonkeyPatch
+):
     """Bands: 1e-3 for float32, where rounding adds up; 1 % for bfloat16."""
+    # Whatever this processor is, and though the model is small.
+    monkeypatch.setattr(bench_model, "processor_gains", lambda: is_onednn)
+    monkeypatch.setattr("pipeline.onednn_linear._LEAST_MULTIPLY_ADDS", 0)
     args = argparse.Namespace(device="cpu", model="itpn_debug", batch_size=4)
     torch.manual_seed(0)
     batches = [
@@ -82,7 +88,7 @@ def test_every_mode_has_the_loss_curve_of_the_reference_for_100_steps():
         for _ in range(4)
     ]
     curves: dict[str, torch.Tensor] = {}
-    for mode in bench_model.MODES:
+    for mode in ("reference", "eager") if is_onednn else bench_model.MODES:
         step = bench_model.make_step(args, mode, "mim_mfm")
         losses = [step(batches[i % len(batches)]) for i in range(NUM_STEPS)]
         curves[mode] = torch.stack(losses).float()
