@@ -48,9 +48,9 @@ _TASKS_PER_DATASET = 1024  # a new dataset costs about a second; this many tasks
 _MAX_SUBSTITUTES = 16
 CPUS_PER_TASK = 0.66  # three tasks on two CPUs: while one waits for its turn, the others work
 _BRIDGE_SAMPLES = 128
-_MIN_BLOCK_BYTES = 4 * 2**20  # small micro-batches share an object; it costs about 1 ms
+_BLOCK_BYTES = 4 * 2**20  # small micro-batches share a block; each costs the training process 1 ms
 _EXECUTOR_REST_S = 0.02
-_LONG_REST_S = 0.1
+_MAX_PATIENCE = 5
 _AHEAD = 2
 
 
@@ -242,6 +242,8 @@ class TrainingBatches:
         self.micros_per_step = len(config.micro_batches_of(rank, world_size))
         share = self.micros_per_step * config.batch_size_per_worker
         self.steps_per_task = max(1, _SAMPLES_PER_TASK // share)
+        self.micros_per_task = self.steps_per_task * self.micros_per_step
+        self.micros_per_block = micros_per_block(config, self.micros_per_task)
         self.bridge_steps = max(1, _BRIDGE_SAMPLES // share)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -275,15 +277,19 @@ class TrainingBatches:
             assert in_order, f"Ray Data returned {batch['position']} for {expected}"
             yield batch
 
-    def _ray_batches(self, first: int, last: int) -> Iterable[Batch]:
+    def _ray_batches(self, first: int, last: int) -> Iterator[Batch]:
         if first == last:
-            return ()
-        batches: Iterable[Batch] = self._dataset(first, last).iter_batches(
-            batch_size=self.config.batch_size_per_worker,
-            prefetch_batches=self.config.data.prefetch_batches,
+            return
+        size = self.config.batch_size_per_worker
+        # Ray Data passes a batch through three threads of this process: whole blocks are cheapest.
+        blocks: Iterable[Batch] = self._dataset(first, last).iter_batches(
+            batch_size=size * self.micros_per_block,
+            prefetch_batches=-(-self.config.data.prefetch_batches // self.micros_per_block),
             batch_format="numpy",
         )
-        return batches
+        for block in blocks:
+            for start in range(0, len(block["position"]), size):
+                yield {key: column[start : start + size] for key, column in block.items()}
 
     def _micros(self, first: int, last: int) -> Iterator[Draws]:
         """The worker's micro-batches of the steps first..last-1."""
@@ -312,11 +318,11 @@ class TrainingBatches:
                 "first": first,
                 "last": last,
                 "steps_per_task": self.steps_per_task,
+                "micros_per_block": self.micros_per_block,
                 "build": self.build,
             },
         )
-        micros_per_task = self.steps_per_task * self.micros_per_step
-        return tuned(dataset, self.config, micros_per_task, self.world_size)
+        return tuned(dataset, self.config, self.micros_per_task, self.world_size)
 
 
 def data_task_args(config: TrainingConfig) -> dict[str, Any]:
@@ -334,6 +340,13 @@ def numbered_tasks(num_tasks: int, config: TrainingConfig) -> ray.data.Dataset:
     return ray.data.from_items(items, override_num_blocks=num_tasks)
 
 
+def micros_per_block(config: TrainingConfig, micros_per_task: int) -> int:
+    """Micro-batches that travel together: a task's, in even parts."""
+    micro_bytes = config.batch_size_per_worker * config.sample_bytes
+    parts = -(-micros_per_task // max(1, _BLOCK_BYTES // micro_bytes))
+    return -(-micros_per_task // parts)
+
+
 def tuned(
     dataset: ray.data.Dataset, config: TrainingConfig, micros_per_task: int, world_size: int
 ) -> ray.data.Dataset:
@@ -343,9 +356,9 @@ def tuned(
     """
     context = dataset.context
     context.enable_progress_bars = False
-    # A micro-batch is a block, where it is large enough: cutting and joining would copy it.
     micro_bytes = config.batch_size_per_worker * config.sample_bytes
-    context.target_max_block_size = max(_MIN_BLOCK_BYTES, micro_bytes)
+    # What a task yields is a block as it is: cutting and joining would copy it.
+    context.target_max_block_size = micros_per_block(config, micros_per_task) * micro_bytes
     context.execution_options.preserve_order = True
     context.custom_execution_callback_classes = [_LoopThrottle]
     cpus = max(1, config.data.num_cpus // world_size)
@@ -400,8 +413,12 @@ class _LoopThrottle(ExecutionCallback):
     def on_execution_step(self, executor: Any) -> None:
         """Called by Ray Data after every round of scheduling."""
         _, output = executor._output_node
-        wanted = _EXECUTOR_REST_S * len(output.output_queue)
-        time.sleep(min(max(wanted, _EXECUTOR_REST_S), _LONG_REST_S))
+        num_ready = len(output.output_queue)
+        patience = min(max(1, num_ready), _MAX_PATIENCE)
+        for _ in range(patience):
+            time.sleep(patience * _EXECUTOR_REST_S)
+            if len(output.output_queue) < num_ready:  # taken: there is room for another
+                break
 
 
 def _load_steps(
@@ -414,9 +431,10 @@ def _load_steps(
     first: int,
     last: int,
     steps_per_task: int,
+    micros_per_block: int,
     build: MakerBuilder,
 ) -> Iterator[Batch]:
-    """Ray Data task: the worker's share of a few steps, one micro-batch at a time."""
+    """Ray Data task: the worker's share of a few steps, a few micro-batches at a time."""
     maker, stream = _maker(config, index_ref[0], build)
     for task in tasks["id"].tolist():
         begin = first + task * steps_per_task
@@ -426,8 +444,9 @@ def _load_steps(
             for micro in micro_batches(stream, config, step, rank, world_size)
         ]
         maker.reader.plan(np.concatenate([micro.rows for micro in micros]).tolist())
-        for micro in micros:
-            yield maker.batch(micro)
+        for start in range(0, len(micros), micros_per_block):
+            block = zip(*micros[start : start + micros_per_block], strict=True)
+            yield maker.batch(Draws(*(np.concatenate(columns) for columns in block)))
 
 
 @lru_cache(maxsize=2)

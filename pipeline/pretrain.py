@@ -201,12 +201,15 @@ def schedules_at(step: int, num_steps: int, config: PretrainConfig) -> dict[str,
 
 def to_device(batch: Batch, config: PretrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """uint8 HWC crops and masks of a batch -> normalised float images (B, C, H, W), mask (B, N)."""
-    pixels = torch.from_numpy(batch["image"]).to(device, non_blocking=True)
+    pixels = torch.from_numpy(batch["image"]).to(device, non_blocking=True)  # (B, H, W, C)
     mask = torch.from_numpy(batch["mask"]).to(device, non_blocking=True)
-    mean = torch.tensor(config.data.mean, device=device) * 255
-    std = torch.tensor(config.data.std, device=device) * 255
-    images = (pixels.float() - mean) / std  # (B, H, W, C)
-    return images.permute(0, 3, 1, 2).contiguous(), mask
+    mean, std = (
+        (torch.tensor(values, device=device) * 255).view(-1, 1, 1)
+        for values in (config.data.mean, config.data.std)
+    )
+    # One pass orders and converts; floats in the order of the pixels would be passed over 4 times.
+    images = pixels.permute(0, 3, 1, 2).to(torch.float, memory_format=torch.contiguous_format)
+    return images.sub_(mean).div_(std), mask
 
 
 def sample_weights(batch: Batch, device: torch.device) -> Tensor:

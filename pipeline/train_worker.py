@@ -26,6 +26,7 @@ from pipeline.live_metrics import LiveMetrics
 from pipeline.logbook import Logbook, fault_metrics, give_up_message
 from pipeline.nonfinite import NonFiniteLossError
 from pipeline.process_memory import keep_freed_memory
+from pipeline.process_priority import undo_niceness
 from pipeline.profiling import StepProfiler
 from pipeline.quarantine import (
     QUARANTINE_FILE,
@@ -46,6 +47,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     worker = Worker(
         context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
     )
+    undo_niceness()
     if worker.device.type == "cpu":
         keep_freed_memory()
     session: WorkerSession = job["session"](job, worker)

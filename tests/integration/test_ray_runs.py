@@ -161,6 +161,15 @@ def test_workers_together_see_exactly_the_samples_crops_and_masks_of_one(
             assert first[position] == expected
 
 
+def test_blocks_are_whole_micro_batches_that_nothing_cuts_or_joins(debug_config: PretrainConfig):
+    index_ref = ray.put(build_index(debug_config.data.path))
+    source = TrainingBatches(debug_config, index_ref, start_step=0, num_steps=40)
+    bundles = source._dataset(0, 40).iter_internal_ref_bundles()
+    rows = [entry.metadata.num_rows for bundle in bundles for entry in bundle.blocks]
+    assert source.steps_per_task == 32 and source.micros_per_block == 16
+    assert rows == [16 * 16, 16 * 16, 8 * 16], "two blocks of the first task, one of the second"
+
+
 def test_without_cpus_for_decoding_neither_training_nor_evaluation_starts_ray_data(
     debug_config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ):

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.config_values import apply_overrides
-from pipeline.data import Draws, SampleFactory, SyntheticBatches, micro_batches, sample_stream
+from pipeline.data import (
+    Draws,
+    SampleFactory,
+    SyntheticBatches,
+    micro_batches,
+    micros_per_block,
+    sample_stream,
+)
 from pipeline.datasets import SYNTHETIC_SAMPLES, DataSets, probe
 from pipeline.masking import block_mask
 from pipeline.pretrain_config import PretrainConfig
@@ -293,3 +300,24 @@ def test_synthetic_data_need_no_path_and_are_one_batch_for_ever() -> None:
     assert (first["image"].shape, first["image"].dtype) == ((8, 64, 64, 3), np.uint8)
     assert ((~first["mask"]).sum(1) == config.num_visible).all()
     assert first["bad"].tolist() == [""] * 8
+
+
+@pytest.mark.parametrize(
+    "image_size, batch_size, micros_per_task, expected",
+    [
+        (224, 64, 8, 1),  # 9.6 MB each
+        (160, 16, 32, 3),  # 1.2 MB each: 11 blocks, the last one of two
+        (64, 16, 32, 16),  # 0.2 MB each, 21 would fit: two even blocks
+        (32, 8, 64, 64),  # all of them
+    ],
+)
+def test_micro_batches_travel_in_even_blocks_of_up_to_4_mib(
+    image_size: int, batch_size: int, micros_per_task: int, expected: int
+):
+    settings = {
+        "data.image_size": image_size,
+        "data.global_batch_size": batch_size,
+        "scaling.max_batch_size_per_worker": batch_size,
+    }
+    config = apply_overrides(debug(), settings)
+    assert micros_per_block(config, micros_per_task) == expected

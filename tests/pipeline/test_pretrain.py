@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.checkpoint import load_state
 from pipeline.config_values import apply_overrides
 from pipeline.data import Batch
-from pipeline.pretrain import NonFiniteLossError, TrainState
+from pipeline.pretrain import NonFiniteLossError, TrainState, to_device
 from pipeline.pretrain_config import PretrainConfig
 from tests.pipeline.loop import LocalRun
 
@@ -32,6 +32,23 @@ def assert_same_state(left: object, right: object, where: str = "state") -> None
             assert_same_state(a, b, f"{where}[{i}]")
     else:
         assert left == right, where
+
+
+def test_pixels_become_normalised_planes_and_stay_as_they_are(debug_config: PretrainConfig):
+    generator = np.random.default_rng(0)
+    pixels, mask = generator.integers(0, 256, (4, 64, 64, 3), np.uint8), np.zeros((4, 16), np.bool_)
+    before = pixels.copy()
+    pixels.flags.writeable = False  # as Ray gives them out: its memory is everybody's
+    batch = {"image": pixels, "mask": mask}
+    images, _ = to_device(batch, debug_config, torch.device("cpu"))
+    mean, std = (
+        np.array(values, np.float32) * 255
+        for values in (debug_config.data.mean, debug_config.data.std)
+    )
+    expected = ((before - mean) / std).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(images.numpy(), expected)
+    np.testing.assert_array_equal(pixels, before)
+    assert images.is_contiguous()
 
 
 def test_a_run_killed_twice_in_mid_epoch_ends_bit_for_bit_like_an_uninterrupted_one(
