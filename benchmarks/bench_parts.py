@@ -1,4 +1,4 @@
-"""Parts of a step that were chosen by measurement: AdamW, attention, float32 products on the CPU.
+"""Parts of a step that were chosen by measurement: AdamW, attention, float32 products, pixels.
 
     python benchmarks/bench_parts.py
 
@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.data import SyntheticBatches
 from pipeline.onednn_linear import use_onednn
+from pipeline.pretrain import to_device
 from pipeline.process_memory import keep_freed_memory
+from pipeline.recipes import demo
 
 SIZES = {"decoder": (8, 16, 196, 32), "student": (8, 8, 49, 64), "teacher": (8, 8, 147, 64)}
 """(B, H, N, K) of attention in iTPN-B at a batch of 8."""
 TOKENS = (1568, 392)
 """Of its decoder and its encoder, then."""
+_NUM_BATCHES = 101
 
 
 def main() -> None:
@@ -45,6 +50,7 @@ def main() -> None:
             result[key] = compare(attentions(size, dtype), args.repeats)
     for tokens in TOKENS:
         result[f"512 -> 2048 of {tokens} tokens, float32"] = compare(linears(tokens), args.repeats)
+    result["pixels of 16 images of 160"] = compare(pixels(), args.repeats)
     for key, row in result.items():
         print(f"{key}: {row}")
     print(json.dumps(result))
@@ -107,6 +113,23 @@ def linears(tokens: int) -> dict[str, Callable[[], Any]]:
         return step
 
     return {way: run(layer) for way, layer in layers.items()}
+
+
+def pixels() -> dict[str, Callable[[], Any]]:
+    """uint8 pixels to normalised planes: ordered last, as the formula has it, and first.
+
+    Each time others, as in training: no cache knows them.
+    """
+    config, device = demo(), torch.device("cpu")
+    batch = SyntheticBatches(config).batch
+    batches = cycle([batch | {"image": batch["image"].copy()} for _ in range(_NUM_BATCHES)])
+    mean, std = (torch.tensor(v) * 255 for v in (config.data.mean, config.data.std))
+
+    def ordered_last() -> Tensor:
+        images = (torch.from_numpy(next(batches)["image"]).float() - mean) / std
+        return images.permute(0, 3, 1, 2).contiguous()
+
+    return {"ordered last": ordered_last, "first": lambda: to_device(next(batches), config, device)}
 
 
 if __name__ == "__main__":

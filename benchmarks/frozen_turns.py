@@ -84,10 +84,21 @@ class FrozenRun:
         self._process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_TIMEOUT_S)
-        while self._processes():
+        while self.processes():
             self._signal(signal.SIGKILL)
             self._process.poll()
             time.sleep(0.05)
+
+    def processes(self) -> set[int]:
+        """Ids of all that belong to the run."""
+        mark, found = self._mark.encode(), set()
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                    found.add(int(folder.name))
+        return found
 
     def _read(self) -> list[dict[str, Any]]:
         """Its whole records."""
@@ -104,18 +115,8 @@ class FrozenRun:
     def _signal(self, number: int) -> None:
         """To all its processes; again until no new one turns up."""
         done: set[int] = set()
-        while new := self._processes() - done:
+        while new := self.processes() - done:
             for pid in new:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             done |= new
-
-    def _processes(self) -> set[int]:
-        mark, found = self._mark.encode(), set()
-        for folder in Path("/proc").iterdir():
-            if not folder.name.isdigit():
-                continue
-            with contextlib.suppress(OSError):
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found.add(int(folder.name))
-        return found

@@ -56,9 +56,9 @@ def test_a_run_goes_on_in_its_turns_only(run: FrozenRun):
 
 def test_its_end_leaves_no_process(run: FrozenRun):
     run.warm_up(0.1)
-    assert len(run._processes()) == 2
+    assert len(run.processes()) == 2
     run.end()
-    assert not run._processes()
+    assert not run.processes()
 
 
 def test_one_that_ended_is_told_with_what_it_said(tmp_path: Path):
