@@ -50,7 +50,7 @@ CPUS_PER_TASK = 0.66  # three tasks on two CPUs: while one waits for its turn, t
 _BRIDGE_SAMPLES = 128
 _BLOCK_BYTES = 4 * 2**20  # small micro-batches share a block; each costs the training process 1 ms
 _EXECUTOR_REST_S = 0.02
-_MAX_PATIENCE = 5
+_MAX_PATIENCE = 5  # so many blocks must lie ready for the longest rest, half a second
 _AHEAD = 2
 
 
