@@ -46,8 +46,12 @@ def main() -> None:
     parser.add_argument("--turn-seconds", type=float, default=6.0)
     parser.add_argument("--warmup-seconds", type=float, default=15.0)
     args = parser.parse_args()
-    if os.geteuid() != 0:
-        parser.error("only root may take niceness off a process, and this is not root")
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, niceness - 1)
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
+    except PermissionError:
+        parser.error("niceness may not be lowered here; root with CAP_SYS_NICE may")
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(args, Path(folder))))
 
