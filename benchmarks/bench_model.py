@@ -10,8 +10,8 @@ process, and they take turns, so that what else the machine does hits all; media
 On the CPU ours keep the memory they free, as a training worker does, and the reference gives it
 back, as the released code does; `--memory keep` and `let-go` have all do the same. `mfu` is what
 the objective needs in floating-point operations, the same for every mode, against the rate of a
-square matrix product of the mode's precision in the same rounds: in float32 on CPUs the faster of
-MKL's and oneDNN's.
+square matrix product of the mode's precision in the same rounds: the fastest of torch's, in float32
+on CPUs of MKL's and oneDNN's. The reference multiplies as torch does of itself.
 
 The last line is JSON: {mode: {objective: {ratio_vs_reference, images_per_s, flops_per_image, mfu,
 peak_mb}}}.
@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,15 +36,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from reference_model import ReferenceModel, ReferenceTeacher
 from step_process import StepProcess, Taken, serve_steps
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.pretraining import PretrainingModel, create_pretraining_model
 from models.teacher import EMATeacher
 from models.tokens import split_tokens
 from pipeline.compilation import compile_training
-from pipeline.onednn_linear import processor_gains, use_onednn
+from pipeline.onednn_products import use_onednn
 from pipeline.optim import build_optimizer, param_groups
 from pipeline.process_memory import keep_freed_memory
 
@@ -65,7 +65,6 @@ class Batch(NamedTuple):
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("highest")
     if args.serve:
         serve(args, *args.serve)
         return
@@ -101,8 +100,11 @@ def measure(
 
 def serve(args: argparse.Namespace, mode: str, objective: str) -> None:
     """Steps of one mode, whenever the process that started this one asks for them."""
-    ours = "let-go" if mode == "reference" else "keep"
-    keeps_memory(args, ours if args.memory == "as-run" else args.memory)
+    is_reference = mode == "reference"
+    as_run = "let-go" if is_reference else "keep"
+    keeps_memory(args, as_run if args.memory == "as-run" else args.memory)
+    if args.device == "cpu" and not is_reference:
+        use_onednn()
     step, batch = make_step(args, mode, objective), make_batch(args)
     for _ in range(args.warmup):
         step(batch)
@@ -160,10 +162,7 @@ def make_step(args: argparse.Namespace, mode: str, objective: str) -> Callable[[
         return reference_step(ReferenceModel(model).to(args.device))
     is_compiled = mode == "compiled"
     is_bf16 = mode == "bf16" or (is_compiled and args.device == "cuda")
-    step = our_step(model, bf16=is_bf16, compiled=is_compiled)
-    if args.device == "cpu" and mode == "eager" and processor_gains():
-        use_onednn(step.model, step.teacher)
-    return step
+    return our_step(model, bf16=is_bf16, compiled=is_compiled)
 
 
 class our_step:  # noqa: N801 (reads as the function it is)
@@ -218,8 +217,8 @@ def flops_per_image(args: argparse.Namespace, objective: str) -> int:
     """Operations of forward and backward, and of the teacher; two a multiply-add."""
     model = new_model(args, objective)
     args = argparse.Namespace(**vars(args) | {"batch_size": 1, "device": "cpu"})
-    # The parts of fused attention are only counted when they are computed one by one.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # On the CPU, where attention is plain: fused, its products would not be counted.
+    with FlopCounterMode(display=False) as counter:
         our_step(model, bf16=False)(make_batch(args))
     return counter.get_total_flops()
 
@@ -228,15 +227,21 @@ def matmul_rate(args: argparse.Namespace, dtype: torch.dtype) -> float:
     """Operations a second of a square matrix product, by the faster of torch's ways."""
     size = 8192 if args.device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=args.device).to(dtype) for _ in range(2))
-    ways: list[Callable[[], Tensor]] = [lambda: a @ b]
-    if args.device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        layer = nn.Linear(size, size, bias=False).requires_grad_(False)
-        use_onednn(layer)
-        ways.append(lambda: layer(a))
+    precisions = ["highest"]
+    if args.device == "cpu" and dtype == torch.float32 and use_onednn():
+        precisions.append("medium")
+
+    def multiply(precision: str, b: Tensor) -> Tensor:
+        torch.set_float32_matmul_precision(precision)
+        return a @ b
+
+    ways = [partial(multiply, *way) for way in itertools.product(precisions, (b, b.mT))]
     once = [min(seconds(way, args, 1) for _ in range(2)) for way in ways]
     fastest = ways[once.index(min(once))]
     # For a second, as long as a step: a few products say more of the moment.
-    return 2 * size**3 / seconds(fastest, args, max(3, round(1 / min(once))))
+    taken = seconds(fastest, args, max(3, round(1 / min(once))))
+    torch.set_float32_matmul_precision("highest")
+    return 2 * size**3 / taken
 
 
 def seconds(run: Callable[[], Any], args: argparse.Namespace, repeats: int) -> float:

@@ -1,8 +1,10 @@
 """Parts of a step that were chosen by measurement: AdamW, attention, float32 products, pixels.
 
+"medium" is float32 through oneDNN, "highest" as torch multiplies of itself (`onednn_products.py`).
+
     python benchmarks/bench_parts.py
 
-Two CPU cores, half a minute. Milliseconds, medians of interleaved repeats; the last line is JSON.
+Two CPU cores, a minute. Milliseconds, medians of interleaved repeats; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import attention
 from pipeline.data import SyntheticBatches
-from pipeline.onednn_linear import use_onednn
+from pipeline.onednn_products import use_onednn
 from pipeline.pretrain import to_device
 from pipeline.process_memory import keep_freed_memory
 from pipeline.recipes import demo
@@ -82,37 +86,49 @@ def attentions(size: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str,
     """Forward and backward of plain and of torch's fused attention."""
     B, H, N, K = size
     qkv = torch.randn(B, N, 3, H, K).to(dtype).requires_grad_()
+    gradient = torch.randn(B, N, H * K).to(dtype)
 
     def run(attend: Callable[..., Tensor]) -> Callable[[], Any]:
         def step() -> None:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            attend(q, k, v).transpose(1, 2).reshape(B, N, H * K).sum().backward()
+            q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+            attend(q, k, v).transpose(1, 2).reshape(B, N, H * K).backward(gradient)
             qkv.grad = None
 
         return step
 
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ((q * K**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-
-    return {"plain": run(plain), "fused": run(F.scaled_dot_product_attention)}
+    ways = {"plain": run(attention), "fused": run(F.scaled_dot_product_attention)}
+    return both_ways(ways) if dtype == torch.float32 else ways
 
 
 def linears(tokens: int) -> dict[str, Callable[[], Any]]:
-    """Forward and backward of a layer as torch computes it, and through oneDNN."""
-    layers = {way: nn.Linear(512, 2048) for way in ("torch", "onednn")}
-    use_onednn(layers["onednn"])
+    """Forward and backward of a layer."""
+    layer = nn.Linear(512, 2048)
     input = torch.randn(tokens, 512, requires_grad=True)
     gradient = torch.randn(tokens, 2048)
 
-    def run(layer: nn.Linear) -> Callable[[], Any]:
-        def step() -> None:
-            layer(input).backward(gradient)
-            layer.zero_grad(set_to_none=True)
-            input.grad = None
+    def step() -> None:
+        layer(input).backward(gradient)
+        layer.zero_grad(set_to_none=True)
+        input.grad = None
 
-        return step
+    return both_ways({"layer": step})
 
-    return {way: run(layer) for way, layer in layers.items()}
+
+def both_ways(ways: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    """Each as torch multiplies of itself, and through oneDNN, where that is to be had."""
+
+    def run(way: Callable[[], Any], precision: str) -> None:
+        torch.set_float32_matmul_precision(precision)
+        way()
+        torch.set_float32_matmul_precision("highest")
+
+    precisions = ("highest", "medium") if use_onednn() else ("highest",)
+    torch.set_float32_matmul_precision("highest")
+    return {
+        f"{name}, {precision}": partial(run, way, precision)
+        for precision in precisions
+        for name, way in ways.items()
+    }
 
 
 def pixels() -> dict[str, Callable[[], Any]]:

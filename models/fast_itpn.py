@@ -94,7 +94,7 @@ class FastAttention(nn.Module):
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])  # (3D, D)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, weight, bias).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, K)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, H, N, K)
         x = attention(q, k, v)  # (B, H, N, K)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from models.tokens import check_image_size, gather_tokens
 
 CELLS = 4  # cells per token side at stride 4; merges halve it twice
+MOST_PLAIN = 512
+"""Tokens up to which attention is computed plainly on CPUs."""
 
 
 RelPos = Literal["bias", "decomposed"]
@@ -76,7 +78,7 @@ class Attention(nn.Module):
         """x (B, N, D) -> (B, N, D)."""
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, K)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, H, N, K)
         bias = None if positions is None else self.position_bias(positions, q).to(q.dtype)
         x = attention(q, k, v, bias)  # (B, H, N, K)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
@@ -112,18 +114,26 @@ class Attention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(table, old.requires_grad)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention: q, k, v (B, H, N, K), bias broadcast to (B, H, N, N).
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention: q (B, H, N, K), k and v (B, H, M, K) -> (B, H, N, K).
 
-    Fused but for bfloat16 on CPUs, where the backward of torch's fused kernel takes nearly three
-    times as long as the plain computation (benchmarks/bench_parts.py).
+    `mask` broadcasts to (B, H, N, M): floats are added to the scores, of booleans True is seen, as
+    in `F.scaled_dot_product_attention`. That is used but for short sequences on CPUs, where the
+    plain computation is faster, and has the memory (benchmarks/bench_parts.py); in bfloat16 of any
+    length. Exported graphs, which may run anywhere, keep it.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
-    if bias is not None:
-        scores = scores + bias
-    return scores.softmax(dim=-1).to(v.dtype) @ v  # autocast makes the softmax float32
+    is_short = q.dtype == torch.bfloat16 or max(q.shape[-2], k.shape[-2]) <= MOST_PLAIN
+    if q.device.type != "cpu" or torch.compiler.is_exporting() or not is_short:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    B, H, N, K = q.shape
+    q, k, v = (t.reshape(B * H, -1, K) for t in (q, k, v))
+    scores = torch.bmm(q * K**-0.5, k.transpose(1, 2)).view(B, H, N, -1)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(dim=-1).to(v.dtype).flatten(0, 1)  # (B * H, N, M)
+    return torch.bmm(weights, v).view(B, H, N, K)
 
 
 class MlpBlock(nn.Module):

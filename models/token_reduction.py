@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Attention, scaled
+from models.layers import Attention, attention, scaled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,8 +203,8 @@ def windowed_block(x: Tensor, positions: None, *, block: Any, windows: Windows) 
     Returns:
         (B, V + G, D).
     """
-    attention = windowed_attention(block.norm1(x), block.attn, windows)
-    x = x + block.drop_path(scaled(attention, block.gamma_1))
+    attended = windowed_attention(block.norm1(x), block.attn, windows)
+    x = x + block.drop_path(scaled(attended, block.gamma_1))
     return x + block.drop_path(scaled(block.mlp(block.norm2(x)), block.gamma_2))
 
 
@@ -216,9 +216,9 @@ def windowed_attention(x: Tensor, attn: Any, windows: Windows) -> Tensor:
     if windows.seen is None:
         image = attention_in_windows(q_image, k, v, windows)
     else:
-        image = F.scaled_dot_product_attention(q_image, k, v, attn_mask=windows.seen)
+        image = attention(q_image, k, v, windows.seen)
     if windows.num_gathering:
-        gathering = F.scaled_dot_product_attention(q_gathering, k, v)  # (B, H, G, K)
+        gathering = attention(q_gathering, k, v)  # (B, H, G, K)
         image = torch.cat([image, gathering], dim=2)
     return attn.proj(image.transpose(1, 2).flatten(2))
 
@@ -264,7 +264,7 @@ def attention_in_windows(q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> T
     is_padded = num_windows * is_token.shape[-1] != N
     seen = F.pad(is_token, (0, windows.num_gathering), value=True) if is_padded else None
     seen = None if seen is None else seen.repeat(B, 1, 1, 1)
-    return from_windows(F.scaled_dot_product_attention(q, k, v, attn_mask=seen), windows, B)
+    return from_windows(attention(q, k, v, seen), windows, B)
 
 
 def to_windows(x: Tensor, windows: Windows) -> Tensor:

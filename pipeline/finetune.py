@@ -25,7 +25,6 @@ from pipeline.evaluate import evaluate_task
 from pipeline.finetune_config import FinetuneConfig
 from pipeline.init_weights import InitialWeights, load_initial_weights
 from pipeline.nonfinite import NonFiniteGuard, NonFiniteLossError, non_finite_message
-from pipeline.onednn_linear import processor_gains, use_onednn
 from pipeline.optim import Task as LayerDecayTask
 from pipeline.optim import build_optimizer, layer_decay_groups, set_lr
 from pipeline.parallel import (
@@ -85,8 +84,6 @@ def finetune(
     num_steps = config.num_steps(num_samples)
     state = build_state(config, task, weights, worker)
     state.restore(checkpointer, worker)
-    if worker.device.type == "cpu" and processor_gains():
-        use_onednn(state.model, state.ema)
     hooks.on_start(state.step)
     validator = _Validator(task, validation, worker)
     between = BetweenSteps(

@@ -21,7 +21,6 @@ from pipeline.compilation import compile_training
 from pipeline.draws import seed_draws
 from pipeline.nonfinite import NonFiniteGuard, NonFiniteLossError, non_finite_message
 from pipeline.objectives import objective_of
-from pipeline.onednn_linear import processor_gains, use_onednn
 from pipeline.optim import set_lr
 from pipeline.parallel import no_sync_unless, parallel
 from pipeline.pretrain_config import PretrainConfig
@@ -82,8 +81,6 @@ def pretrain(
     if scaling.compile:
         compile_training(state.model, state.average)
     is_split = scaling.sharding == "full" and worker.world_size > 1
-    if worker.device.type == "cpu" and processor_gains() and not (scaling.compile or is_split):
-        use_onednn(state.model, state.teacher)
     whole: Whole = shard(state) if is_split else lambda state: state
     hooks.on_start(state.step)
     between = BetweenSteps(

@@ -25,6 +25,7 @@ from pipeline.config_values import config_hash
 from pipeline.live_metrics import LiveMetrics
 from pipeline.logbook import Logbook, fault_metrics, give_up_message
 from pipeline.nonfinite import NonFiniteLossError
+from pipeline.onednn_products import use_onednn
 from pipeline.process_memory import keep_freed_memory
 from pipeline.process_priority import undo_niceness
 from pipeline.profiling import StepProfiler
@@ -50,6 +51,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     undo_niceness()
     if worker.device.type == "cpu":
         keep_freed_memory()
+        use_onednn()
     session: WorkerSession = job["session"](job, worker)
     if (refusal := session.sign_on()) is not None:
         return {"error": refusal}

@@ -55,16 +55,19 @@ def test_freed_memory_is_not_asked_for_again(where):
     assert page_faults("let go", where) > ROUNDS * TENSOR_PAGES / 2  # what it is for
 
 
-@pytest.mark.parametrize("device, calls", [("cpu", 1), ("cuda", 0)])
-def test_training_workers_are_eager_and_on_cpus_keep_memory(device, calls, monkeypatch):
+@pytest.mark.parametrize("device, calls", [("cpu", ["keep", "onednn"]), ("cuda", [])])
+def test_training_workers_are_eager_and_on_cpus_keep_memory_and_use_onednn(
+    device, calls, monkeypatch
+):
     called, undone = [], []
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     session = SimpleNamespace(sign_on=lambda: "not today")
-    monkeypatch.setattr(train_worker, "keep_freed_memory", lambda: called.append(1))
+    monkeypatch.setattr(train_worker, "keep_freed_memory", lambda: called.append("keep"))
+    monkeypatch.setattr(train_worker, "use_onednn", lambda: called.append("onednn"))
     monkeypatch.setattr(train_worker, "undo_niceness", lambda: undone.append(1))
     monkeypatch.setattr("ray.train.get_context", lambda: context)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device(device))
     job = {"session": lambda job, worker: session}
     assert train_worker.train_worker(job) == {"error": "not today"}
-    assert len(called) == calls
+    assert called == calls
     assert undone == [1]
