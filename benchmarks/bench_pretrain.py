@@ -39,6 +39,7 @@ from pipeline.between_steps import Hooks
 from pipeline.checkpoint import Checkpointer
 from pipeline.config_values import apply_overrides
 from pipeline.data import SyntheticBatches
+from pipeline.onednn_products import use_onednn
 from pipeline.pretrain import pretrain
 from pipeline.process_memory import keep_freed_memory
 from pipeline.recipes import demo
@@ -158,6 +159,7 @@ def images_per_s(turn: Turn) -> float:
 def run_bare(records: Path) -> None:
     """The loop alone, on synthetic images, in the kind of process that Ray Train would make."""
     keep_freed_memory()
+    use_onednn()
     records.parent.mkdir(parents=True)
     config = apply_overrides(demo(), settings("bare"))
     synthetic = SyntheticBatches(config)
