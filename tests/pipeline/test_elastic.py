@@ -127,5 +127,5 @@ def test_gradients_are_equal_also_where_the_micro_batches_do_not_divide(
 
 
 def assert_nearly_equal(left: Tensor, right: Tensor, name: str) -> None:
-    """Within 5e-6 of the largest entry: float32 sums in another order. A wrong share: 1e-2."""
+    """Within 5e-6 of the largest entry: float32 sums in another order."""
     assert (left - right).abs().max() <= 5e-6 * right.abs().max(), name
