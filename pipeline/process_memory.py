@@ -1,9 +1,8 @@
 """Memory that a process frees is kept for its next step.
 
 Surprising: on the CPU every activation comes from the C library, and glibc gives large ones back to
-the kernel and asks for them again at every step: 400 MB of zeroed pages for iTPN-B in bfloat16, 1.5
-GB in float32 through oneDNN, whose whole gain that would cost
-(benchmarks/results/2026-11-model.md).
+the kernel and asks for them again at every step: 400 MB of zeroed pages for iTPN-B in bfloat16, 1
+GB in float32 through oneDNN (benchmarks/results/2026-11-model.md).
 """
 
 from __future__ import annotations
