@@ -54,6 +54,13 @@ def levels_of_loggers() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@pytest.fixture(autouse=True)
+def way_of_products() -> Iterator[None]:
+    """`use_onednn` sets it for the process; a test that works as a worker does leaves no trace."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For runs of a tiny model: two threads wait longer for each other than they compute, and 20

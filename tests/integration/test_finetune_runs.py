@@ -26,6 +26,7 @@ from pipeline.finetune_config import FinetuneConfig
 from pipeline.finetuning_run import VALIDATION, open_data, run_finetuning
 from pipeline.logbook import Logbook
 from pipeline.metrics_file import read_records
+from pipeline.onednn_products import use_onednn
 from pipeline.report import final_finetune_report
 from pipeline.run_folder import RunFolder
 from pipeline.tracking import default_tracking_uri
@@ -236,6 +237,7 @@ def test_a_run_whose_worker_is_killed_ends_bit_for_bit_like_an_undisturbed_one(
         tracking__system_metrics=False,
     )
     assert config.optim.ema_decay and config_to_dict(config)["augment"]["mixup"]
+    use_onednn()  # as workers do, for the same last bits
     calm = LocalFinetune(config, tmp_path / "calm")
     expected = calm()
     marker = tmp_path / "was_killed"

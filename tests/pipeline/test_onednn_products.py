@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ from pipeline.onednn_products import is_exact, processor_gains, use_onednn
 from pipeline.pretrain_config import PretrainConfig
 from tests.pipeline.finetune_loop import LocalFinetune, finetune_config
 from tests.pipeline.loop import LocalRun
-
-
-@pytest.fixture(autouse=True)
-def _precision() -> Iterator[None]:
-    yield
-    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture
