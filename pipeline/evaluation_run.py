@@ -37,6 +37,7 @@ from pipeline.evaluation_data import share_of
 from pipeline.finetune_config import task_of
 from pipeline.frozen_features import LabelledFeatures, embed, probe_config
 from pipeline.init_weights import read_initial_weights, run_config
+from pipeline.onednn_products import use_onednn
 from pipeline.placement import Work, remote_args, require_labels, resource_share
 from pipeline.sources import Index, build_index
 
@@ -155,6 +156,8 @@ def _score(
     finetuned: Finetuned, index: Index, batch_size: int, rank: int, world_size: int
 ) -> Share:
     device = torch.device("cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu")
+    if device.type == "cpu":
+        use_onednn()  # as the run did, for its figures
     batches = _batches(finetuned, index, batch_size, rank, world_size)
     return score_share(finetuned.task, finetuned.model.to(device), batches, device)
 
@@ -196,6 +199,8 @@ def _probe_pretrained(config: EvaluateConfig, values: dict[str, Any]) -> dict[st
     for index, name in ((train, "train_data"), (val, "data")):
         check_data(probe, index, name)
     check_same_classes(train, val)
+
+    use_onednn()
 
     def features(index: Index) -> LabelledFeatures:
         maker = VALIDATION(probe, index)

@@ -22,6 +22,7 @@ from pipeline.config import require_positive
 from pipeline.credentials import require_no_password
 from pipeline.data import describe_bad
 from pipeline.decoding import BadImageError
+from pipeline.onednn_products import use_onednn
 from pipeline.placement import require_labels
 from pipeline.reading import Sample, SampleReader, UnreadableSampleError
 from pipeline.shards import SHARD_SCHEMA
@@ -136,6 +137,8 @@ class InferenceActor:
         self.schema = row_schema(inference, index)
         self._threads = ThreadPoolExecutor(config.cpus_per_actor, "load")
         self._reading = threading.Lock()  # the reader is for one thread at a time
+        if not config.use_gpu:
+            use_onednn()
         inference.to(torch.device("cuda" if config.use_gpu else "cpu"))
 
     def __call__(self, tasks: dict[str, NDArray[np.int64]]) -> Iterator[pa.Table]:

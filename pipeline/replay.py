@@ -18,6 +18,7 @@ from torch import nn
 from pipeline.checkpoint import STATE_FILE, load_state, problem_of
 from pipeline.config_values import config_from_dict
 from pipeline.data import Batch, Draws, SampleFactory, micro_batches, sample_stream
+from pipeline.onednn_products import use_onednn
 from pipeline.pretrain import forward_backward, sample_weights, to_device
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.pretrain_weights import read_pretrain_weights
@@ -66,6 +67,8 @@ def replay(dump: Path) -> list[ReplayedStep]:
     if config.data.synthetic:
         raise ValueError(f"the run of '{dump}' was fed random pixels, there is no sample to name")
     device = torch.device("cuda" if config.scaling.use_gpu and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        use_onednn()  # as the run did
     state = TrainState.build(config, device, read_pretrain_weights(config))
     state.load_state_dict(dumped)
     index = build_index(config.data.path, max_bad_fraction=1.0)

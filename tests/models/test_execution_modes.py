@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,12 +30,6 @@ def model_of(case: golden.GoldenCase) -> PretrainingModel:
 
 def mask_of(case: golden.GoldenCase) -> Tensor:
     return case.group("out/")["mask"].bool()
-
-
-@pytest.fixture(autouse=True)
-def _precision() -> Iterator[None]:
-    yield
-    torch.set_float32_matmul_precision("highest")
 
 
 def through_onednn(model: PretrainingModel) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipeline import inference_actor
 from pipeline.batch_inference import InferenceFailedError, _tasks, open_images, run_inference
 from pipeline.inference_actor import InferenceActor, InferenceConfig, LoadedImage
 from pipeline.reading import Sample
@@ -108,6 +109,20 @@ def test_decoding_is_one_batch_ahead_of_the_model_and_no_more(images: Path):
     tables = InferenceActor(Watched(), open_images(wanted), wanted).tables(range(10))
     assert next(tables).num_rows == 2
     assert sum(table.num_rows for table in tables) == 8
+
+
+@pytest.mark.parametrize("use_gpu", [False, True])
+def test_actors_on_cpus_use_onednn(use_gpu: bool, images: Path, monkeypatch: pytest.MonkeyPatch):
+    happened: list[str] = []
+
+    class Moved(Lengths):
+        def to(self, device: torch.device) -> None:
+            happened.append(device.type)
+
+    monkeypatch.setattr(inference_actor, "use_onednn", lambda: happened.append("onednn"))
+    wanted = config(images, use_gpu=use_gpu)
+    InferenceActor(Moved(), open_images(wanted), wanted)
+    assert happened == (["cuda"] if use_gpu else ["onednn", "cpu"])
 
 
 def test_a_device_out_of_memory_ends_the_job_with_a_way_out(images: Path):

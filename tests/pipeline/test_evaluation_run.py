@@ -148,6 +148,15 @@ def test_a_split_without_the_last_classes_may_list_fewer(
     assert found[0] == found[1] and found[0]["val/num_samples"] == 5
 
 
+def test_products_go_the_way_they_go_in_training(runs: dict[str, Path], data: Path) -> None:
+    paths = {"train_data": data / "train", "data": data / "classify"}
+    with mock.patch("pipeline.evaluation_run.use_onednn") as use_onednn:
+        evaluated(runs["classify"], data=data / "classify")
+        use_onednn.assert_called_once_with()
+        evaluated(runs["pretrain"], **paths)
+        assert use_onednn.call_count == 2
+
+
 def test_data_of_another_task_are_refused(runs: dict[str, Path], data: Path) -> None:
     with pytest.raises(ValueError, match="has no boxes and no box_masks, which task 'detect'"):
         evaluated(runs["detect"], data=data / "classify")

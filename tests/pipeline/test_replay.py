@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.checkpoint import ENCODER_FILE, STATE_FILE, load_state
 from pipeline.config_values import apply_overrides
 from pipeline.nonfinite import NonFiniteLossError
+from pipeline.onednn_products import use_onednn
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.replay import ReplayedStep, replay, replay_report
 from tests.pipeline.loop import LocalRun
@@ -70,12 +72,15 @@ def test_replay_repeats_the_step_of_the_run_to_the_last_bit(
         "optim.num_steps": 3,
     }
     config = apply_overrides(failed.config, overrides)
+    is_used = use_onednn()  # as workers do
     run = LocalRun(config, tmp_path / "checkpoints")
     run()
+    torch.set_float32_matmul_precision("highest")  # a new process
     assert run.rows == order[: 3 * BATCH] and len(run.bad_rows) == is_one_broken
     streak = [part for part in failed.dump["streak"] if part["step"] == 2]
     before = load_state(run.checkpointer.fetch(2))
     (step,) = replay(write_dump(config, {**before, "streak": streak}))
+    assert (torch.get_float32_matmul_precision() == "medium") is is_used
     assert step.step == 2 and step.bad_samples == []
     assert step.grad_norm == run.records[3]["train/grad_norm"]
     num_good = BATCH - is_one_broken  # the logged loss is the mean over the good ones
