@@ -104,7 +104,8 @@ def test_a_run_that_loses_a_worker_a_node_and_its_driver_ends_bit_identical(
 def test_two_workers_then_one_then_two_train_as_two_all_along(
     cluster: SimulatedCluster, storage: Path, image_folder: Path
 ) -> None:
-    num_steps = 300  # Ray needs many seconds, and so steps, to notice that there is a new node
+    # Ray needs half a minute to notice that there is a new node, and takes one checkpoint in 2 s.
+    num_steps = 200
     more = [*on_nodes("1 2"), "--scaling.resize-check-s", "2"]
     plan = settings(image_folder, *more, num_steps=num_steps)
     job = Job(storage, "elastic", plan, cluster.address)
@@ -118,7 +119,7 @@ def test_two_workers_then_one_then_two_train_as_two_all_along(
 
     sizes = [event["num_workers"] for event in job.events("start")]
     assert sizes == [2, 1, 2], sizes
-    plan = settings(image_folder, *on_nodes(), num_steps=num_steps)
+    plan = settings(image_folder, *on_nodes(), num_steps=num_steps, checkpoint_every=num_steps)
     steady = Job(storage, "steady", plan, cluster.address)
     steady.start()
     assert steady.wait(WAIT_S) == 0, steady.output.read_text()[-4000:]
