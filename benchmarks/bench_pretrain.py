@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20, help="turns of each run")
     parser.add_argument("--turn-seconds", type=float, default=7.0)
-    parser.add_argument("--short-runs", type=int, default=3)
+    parser.add_argument("--short-runs", type=int, default=3, help="0 leaves out the seconds")
     parser.add_argument("--warmup-seconds", type=float, default=15.0)
     parser.add_argument("--bare", type=Path, metavar="FILE", help="used by itself")
     args = parser.parse_args()
@@ -195,14 +195,15 @@ def summary(short: list[dict[str, Any]], turns: dict[str, list[Turn]]) -> dict[s
         if len(ratios) > 1:
             low, _, high = statistics.quantiles(ratios, n=4)
             print(f"{name}: {result[name]}, half of the rounds from {low:.3f} to {high:.3f}")
-    for key in ("first_step_s", "exit_s", "last_evaluation_s"):
-        values = [row[key] for row in short]
-        result[key] = statistics.median(values)
-        print(f"{key}: {result[key]}, {min(values)} to {max(values)}")
     middle = {kind: statistics.median(values) for kind, values in rates.items()}
-    between = demo().run.checkpoint_every_steps * demo().data.global_batch_size
-    stall_s = statistics.median(row["checkpoint_stall_s"] for row in short)
-    result["checkpoint_frac"] = round(stall_s * middle["synthetic"] / between, 5)
+    if short:
+        for key in ("first_step_s", "exit_s", "last_evaluation_s"):
+            values = [row[key] for row in short]
+            result[key] = statistics.median(values)
+            print(f"{key}: {result[key]}, {min(values)} to {max(values)}")
+        between = demo().run.checkpoint_every_steps * demo().data.global_batch_size
+        stall_s = statistics.median(row["checkpoint_stall_s"] for row in short)
+        result["checkpoint_frac"] = round(stall_s * middle["synthetic"] / between, 5)
     result["images_per_s"] = {kind: round(value, 1) for kind, value in middle.items()}
     return result
 
