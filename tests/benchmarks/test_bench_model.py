@@ -72,9 +72,7 @@ def test_moving_averages_agree():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["highest", "medium"], ids=["torch", "onednn"])
-def test_every_mode_has_the_loss_curve_of_the_reference_for_100_steps(
-    precision: str,
-):
+def test_every_mode_has_the_loss_curve_of_the_reference_for_100_steps(precision: str):
     """Bands: 1e-3 for float32, where rounding adds up; 1 % for bfloat16."""
     args = argparse.Namespace(device="cpu", model="itpn_debug", batch_size=4)
     torch.manual_seed(0)

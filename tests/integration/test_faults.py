@@ -104,7 +104,7 @@ def test_a_run_that_loses_a_worker_a_node_and_its_driver_ends_bit_identical(
 def test_two_workers_then_one_then_two_train_as_two_all_along(
     cluster: SimulatedCluster, storage: Path, image_folder: Path
 ) -> None:
-    # Ray needs half a minute to notice that there is a new node, and takes one checkpoint in 2 s.
+    # Ray needs half a minute to make use of a new node; a checkpoint each 5 steps lasts 2 s here.
     num_steps = 200
     more = [*on_nodes("1 2"), "--scaling.resize-check-s", "2"]
     plan = settings(image_folder, *more, num_steps=num_steps)
